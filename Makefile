@@ -1,0 +1,46 @@
+# make demo   set up .venv and run the main job: SFT on a small model, with samples and scores before and after
+# make test   set up .venv, lint, and run the tests
+# make bench  set up .venv and measure every op and the SFT loop against its peers
+# make gpu    on a machine with a CUDA GPU: build, GPU tests, benchmarks; results as JSON in $OUT or bench/results
+
+TORCH := torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc -type f)
+
+.PHONY: install demo test lint bench gpu clean
+
+install: $(STAMP)
+
+$(VENV)/.dependencies: requirements.txt
+	python3 -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet -r requirements.txt
+	touch $@
+
+$(STAMP): $(VENV)/.dependencies $(SOURCES)
+	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+	touch $@
+
+demo: install
+	$(BIN)/python examples/demo.py
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest
+
+bench: install
+	$(BIN)/python -m pytest bench
+
+# Without .venv (a GPU machine whose own python has torch), the package is built for that python.
+gpu:
+	bash bench/gpu.sh
+
+clean:
+	rm -rf $(VENV) build dist runs

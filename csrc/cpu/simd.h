@@ -1,0 +1,127 @@
+// Vectors of the width of the instruction set being compiled, on GCC/Clang vector types: no intrinsics, so the same
+// source serves x86 and ARM. `Vec<float>` has Lanes<float>::n lanes; comparisons give all-ones masks of the integer
+// type of the same size, and `mask ? a : b` selects.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace posttrain::POSTTRAIN_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+template <class T>
+struct Lanes {
+  static constexpr int n = kVectorBytes / sizeof(T);
+  typedef T type __attribute__((vector_size(kVectorBytes)));
+};
+template <class T>
+using Vec = typename Lanes<T>::type;
+typedef int32_t VecInt __attribute__((vector_size(kVectorBytes)));
+
+template <class T>
+inline Vec<T> load(const T* p) {
+  Vec<T> v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <class T>
+inline void store(T* p, Vec<T> v) {
+  __builtin_memcpy(p, &v, sizeof v);
+}
+
+template <class T>
+inline Vec<T> splat(T x) {
+  return Vec<T>{} + x;
+}
+
+// The first n < Lanes lanes of p; the others are `fill`.
+template <class T>
+inline Vec<T> load_part(const T* p, int n, T fill) {
+  Vec<T> v = splat(fill);
+  __builtin_memcpy(&v, p, n * sizeof(T));
+  return v;
+}
+
+template <class T>
+inline void store_part(T* p, Vec<T> v, int n) {
+  __builtin_memcpy(p, &v, n * sizeof(T));
+}
+
+template <class T>
+inline Vec<T> max(Vec<T> a, Vec<T> b) {
+  return a > b ? a : b;
+}
+
+template <class T>
+inline T sum(Vec<T> v) {
+  T lanes[Lanes<T>::n];
+  store(lanes, v);
+  for (int half = Lanes<T>::n / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  return lanes[0];
+}
+
+template <class T>
+inline T max_lane(Vec<T> v) {
+  T m = v[0];
+  for (int i = 1; i < Lanes<T>::n; ++i) m = v[i] > m ? v[i] : m;
+  return m;
+}
+
+// e^x to about 1 ulp: x = n ln2 + r with |r| <= ln2/2, a degree-6 polynomial in r, and n added to the exponent in two
+// halves so that results near the ends of the range stay right. Below -103.98 the result is 0, above 88.73 infinity.
+inline Vec<float> exp(Vec<float> x) {
+  const Vec<float> clamped = max<float>(splat(-104.0f), x < 89.0f ? x : splat(89.0f));
+  const Vec<float> magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to the nearest integer
+  const Vec<float> shifted = clamped * 1.44269504088896341f + magic;
+  const Vec<float> n = shifted - magic;
+  const Vec<float> r = (clamped - n * 0.693359375f) - n * -2.12194440e-4f;
+  Vec<float> p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  const VecInt exponent = (VecInt)shifted - (VecInt)magic;
+  const VecInt half = exponent >> 1;
+  const Vec<float> low = (Vec<float>)((half + 127) << 23);
+  const Vec<float> high = (Vec<float>)((exponent - half + 127) << 23);
+  const Vec<float> result = p * low * high;
+  return x == x ? result : x;  // NaN stays NaN
+}
+
+inline Vec<double> exp(Vec<double> x) {
+  Vec<double> y;
+  for (int i = 0; i < Lanes<double>::n; ++i) y[i] = __builtin_exp(x[i]);
+  return y;
+}
+
+// tanh x: an odd polynomial near 0, where 1 - 2 / (e^2x + 1) would cancel, and that formula elsewhere.
+inline Vec<float> tanh(Vec<float> x) {
+  const Vec<float> x2 = x * x;
+  Vec<float> p = splat(-5.70498872745e-3f);
+  p = p * x2 + 2.06390887954e-2f;
+  p = p * x2 + -5.37397155531e-2f;
+  p = p * x2 + 1.33314422036e-1f;
+  p = p * x2 + -3.33332819422e-1f;
+  const Vec<float> near = p * x2 * x + x;
+  const Vec<float> far = 1.0f - 2.0f / (exp(x + x) + 1.0f);
+  return (x < 0.625f) & (x > -0.625f) ? near : far;
+}
+
+inline Vec<double> tanh(Vec<double> x) {
+  Vec<double> y;
+  for (int i = 0; i < Lanes<double>::n; ++i) y[i] = __builtin_tanh(x[i]);
+  return y;
+}
+
+}  // namespace posttrain::POSTTRAIN_ISA

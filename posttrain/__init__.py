@@ -1,0 +1,19 @@
+"""posttrain: fused kernels and thin trainers for LLM post-training."""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "SFTConfig": "posttrain.train.sft",
+    "SFTTrainer": "posttrain.train.sft",
+}
+__all__ = ["SFTConfig", "SFTTrainer", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the trainers on first use: `import posttrain` alone costs next to nothing."""
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'posttrain' has no attribute {name!r}")

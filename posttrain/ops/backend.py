@@ -1,0 +1,120 @@
+"""Which backend computes an op, and why.
+
+The choice depends only on the op, the tensor's device and its dtype:
+
+    CPU    the C++ kernels ("cpu") for the dtypes they have, else plain PyTorch ("reference")
+    CUDA   the Triton kernels ("triton") for the dtypes they have, else plain PyTorch ("reference")
+
+`use_backend` forces another one. A forced backend that can't run is an error that says why; nothing falls back
+silently.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from posttrain import _C
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+
+_WIDE = (torch.float32, torch.float64)
+_HALF = (torch.bfloat16, torch.float16)
+_TRITON = (torch.float32, *_HALF)
+
+# op -> backend -> dtypes; every op has the backend "reference", for every floating dtype.
+SUPPORT: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
+    "rms_norm": {"cpu": _WIDE, "triton": _TRITON},
+    "rope": {"cpu": _WIDE, "triton": _TRITON},
+    "swiglu": {"cpu": _WIDE, "triton": _TRITON},
+    "geglu": {"cpu": _WIDE, "triton": _TRITON},
+    "linear_logprob": {"cpu": (*_WIDE, *_HALF), "triton": _TRITON, "cuda": _TRITON},
+}
+
+_HAS_TRITON = find_spec("triton") is not None
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_forced: str | None = None
+
+
+class BackendError(RuntimeError):
+    """A backend was asked for that can't compute this op on this tensor."""
+
+
+class Choice(NamedTuple):
+    """The backend an op uses for a kind of tensor, and the reason in words."""
+
+    backend: str
+    reason: str
+
+
+def backend_for(op: str, tensor: Tensor) -> str:
+    """Name of the backend that `op` uses for tensors like `tensor` (its device and dtype).
+
+    Raises `ValueError` for an unknown op and `BackendError` if `use_backend` forces one that can't run.
+    """
+    return explain(op, tensor).backend
+
+
+def explain(op: str, tensor: Tensor) -> Choice:
+    """Like `backend_for`, with the reason."""
+    support = SUPPORT.get(op)
+    if support is None:
+        raise ValueError(f"unknown op {op!r}; the ops are {', '.join(SUPPORT)}")
+    if _forced is not None:
+        obstacle = _obstacle(op, _forced, tensor.device.type, tensor.dtype)
+        if obstacle:
+            raise BackendError(f"backend {_forced!r} can't compute {op}: {obstacle}")
+        return Choice(_forced, "forced by use_backend")
+    native = "triton" if tensor.device.type == "cuda" else "cpu"
+    obstacle = _obstacle(op, native, tensor.device.type, tensor.dtype)
+    if obstacle:
+        return Choice("reference", f"not {native}: {obstacle}")
+    return Choice(native, f"has {tensor.device.type} kernels for {_name(tensor.dtype)}")
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Within this context every op of the process uses backend `name`, or raises `BackendError` saying why it can't.
+
+    The choice is made when an op's forward is called; its backward uses the same backend, wherever it runs.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}; the backends are {', '.join(BACKENDS)}")
+    global _forced
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def _obstacle(op: str, backend: str, device: str, dtype: torch.dtype) -> str | None:
+    """Why `backend` can't compute `op` for this device and dtype, or None if it can."""
+    if backend == "reference":
+        return None
+    dtypes = SUPPORT[op].get(backend)
+    if dtypes is None:
+        return f"{op} has no {backend} kernel"
+    if dtype not in dtypes:
+        return f"its {backend} kernel takes {', '.join(map(_name, dtypes))}, not {_name(dtype)}"
+    if backend == "cpu" and device != "cpu":
+        return f"the tensor is on {device}"
+    if backend == "cuda":
+        if not _C.with_cuda():
+            return "this build has no CUDA kernels (nvcc was not found when it was built)"
+        if device != "cuda":
+            return f"the tensor is on {device}"
+    if backend == "triton":
+        if not _HAS_TRITON:
+            return "triton is not installed"
+        if device != "cuda" and not (device == "cpu" and _INTERPRETED):
+            return f"the tensor is on {device} (Triton runs there only with TRITON_INTERPRET=1 set before the start)"
+    return None
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
