@@ -1,0 +1,31 @@
+"""Collects the tables of all benchmarks and prints them at the end, passed or failed."""
+
+from collections.abc import Callable
+
+import pytest
+from interleave import Comparison
+from record import record
+
+_TABLES = pytest.StashKey[list[str]]()
+
+
+@pytest.fixture
+def publish(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """`publish(name, title, comparison, **facts)` records a comparison as JSON and prints its table at the end."""
+
+    def call(name: str, title: str, comparison: Comparison, **facts: object) -> None:
+        path = record(name, {"title": title, **comparison.as_dict(), **facts})
+        notes = [
+            f"{key}: {value:.3g}" if isinstance(value, float) else f"{key}: {value}" for key, value in facts.items()
+        ]
+        table = "\n".join([comparison.table(title), *notes, f"-> {path}"])
+        request.config.stash.setdefault(_TABLES, []).append(table)
+
+    return call
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Print the tables."""
+    for table in config.stash.get(_TABLES, []):
+        terminalreporter.write_line("")
+        terminalreporter.write_line(table)

@@ -1,0 +1,75 @@
+"""Compile every Triton kernel for every architecture, without a GPU, and print what each one needs, as JSON.
+
+Run in a process of its own, without TRITON_INTERPRET: `python tests/kernels/aot.py`. Every module of posttrain.kernels
+has a function `ahead_of_time()` that yields `AheadOfTime` tuples, its kernels with their production block sizes:
+
+    (name, jit function, signature {argument: type}, constexprs {argument: value}, options {"num_warps": ...})
+
+A type is written as Triton writes it, with `:16` for what is a multiple of 16: `*bf16:16`, `i32:16`, `i64`, `fp32`.
+"""
+
+import json
+import pkgutil
+import subprocess
+import sys
+import tempfile
+from importlib import import_module
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+import posttrain.kernels
+
+# Compute capability -> bytes of shared memory a block may have.
+SHARED_MEMORY = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+_CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+def kernels():
+    """(module, what its ahead_of_time() yields) for every kernel."""
+    for module in pkgutil.iter_modules(posttrain.kernels.__path__):
+        for entry in import_module(f"posttrain.kernels.{module.name}").ahead_of_time():
+            yield module.name, entry
+
+
+def report(capability: int, entry) -> dict[str, int | str]:
+    """Shared memory, registers, stack and local memory (both are spills) of one kernel."""
+    name, function, signature, constexprs, options = entry
+    types = {argument: kind.removesuffix(":16") for argument, kind in signature.items()}
+    aligned = [argument for argument, kind in signature.items() if kind.endswith(":16")]
+    attributes = {(function.arg_names.index(argument),): [["tt.divisibility", 16]] for argument in aligned}
+    source = ASTSource(function, types | dict.fromkeys(constexprs, "constexpr"), constexprs, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    usage = _resources(compiled.asm["cubin"])
+    return {
+        "kernel": name,
+        "capability": capability,
+        "shared": compiled.metadata.shared,
+        "registers": usage["REG"],
+        "spilled": usage["STACK"] + usage["LOCAL"],
+    }
+
+
+def _resources(cubin: bytes) -> dict[str, int]:
+    """What `cuobjdump` says a kernel uses, as in `REG:32 STACK:0 SHARED:0 LOCAL:0`."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [_CUOBJDUMP, "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    words = next(line for line in text.splitlines() if "REG:" in line).split()
+    return {key: int(value) for key, value in (word.split(":")[:2] for word in words if ":" in word) if value.isdigit()}
+
+
+def main(modules: list[str]) -> None:
+    """Print one JSON object per kernel and architecture; with arguments, of these modules only."""
+    for module, entry in kernels():
+        if not modules or module in modules:
+            for capability in SHARED_MEMORY:
+                print(json.dumps({"module": module, **report(capability, entry)}), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
