@@ -4,6 +4,7 @@
 
 #include "cpu/all.h"
 #include "isa.h"
+#include "packing.h"
 
 namespace py = pybind11;
 using address = uintptr_t;
@@ -44,6 +45,11 @@ void rms_norm_backward(int itemsize, address grad_y, address grad_sum, address s
   });
 }
 
+int64_t pack_best_fit(address lengths, int64_t count, int64_t capacity, address bin) {
+  py::gil_scoped_release release;
+  return posttrain::pack_best_fit(at<int64_t>(lengths), count, capacity, at<int64_t>(bin));
+}
+
 bool with_cuda() {
 #ifdef POSTTRAIN_WITH_CUDA
   return true;
@@ -58,6 +64,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "C++ and CUDA kernels of posttrain; call them through posttrain.ops";
   m.def("isa", &posttrain::isa_name, "instruction set of the CPU kernels: baseline, avx2 or avx512");
   m.def("with_cuda", &with_cuda, "whether this build contains the CUDA kernels");
+  m.def("pack_best_fit", &pack_best_fit);
 
   m.def("rms_norm_forward", &rms_norm_forward);
   m.def("rms_norm_backward", &rms_norm_backward);
