@@ -1,0 +1,95 @@
+"""The command `posttrain`.
+
+Heavy libraries are imported by the command that needs them, so that `--help` and a mistake in a flag cost nothing.
+"""
+
+import argparse
+import difflib
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from posttrain import __version__
+from posttrain.train.config import ConfigError, TrainConfig, fields_of, read_yaml
+from posttrain.train.sft_config import SFTConfig
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"posttrain: error: {message}\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns its exit code: 0 done, 2 input that can't be used, 130 stopped by Ctrl-C."""
+    options, unknown = _parser().parse_known_args(arguments)
+    try:
+        if unknown:
+            raise ConfigError(_unknown_flag(unknown[0], options))
+        return options.run(options)
+    except KeyboardInterrupt as stop:
+        print(f"posttrain: {str(stop) or 'stopped'}", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        print(f"posttrain: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def _unknown_flag(flag: str, options: argparse.Namespace) -> str:
+    name = flag.partition("=")[0]
+    nearest = difflib.get_close_matches(name.replace("-", "_").strip("_"), fields_of(SFTConfig), n=1)
+    hint = f"; did you mean --{nearest[0]}?" if nearest and options.run is _sft else ""
+    return f"unknown argument {name}{hint}"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="posttrain", description="Post-training of language models.", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"posttrain {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="command")
+    sft = commands.add_parser(
+        "sft", help="supervised fine-tuning", description="Supervised fine-tuning.", allow_abbrev=False
+    )
+    _add_fields(sft, SFTConfig)
+    sft.set_defaults(run=_sft)
+    doctor = commands.add_parser("doctor", help="show what this machine has and which backends it would use")
+    doctor.set_defaults(run=_doctor)
+    return parser
+
+
+def _add_fields(parser: argparse.ArgumentParser, config: type[TrainConfig]) -> None:
+    parser.add_argument("--config", metavar="FILE", help="YAML file with any of the settings below; flags override it")
+    defaults = config()
+    for name, (field, hint) in fields_of(config).items():
+        text = field.metadata["help"].replace("%", "%%")
+        if field.metadata["choices"]:
+            text += f"; one of {', '.join(field.metadata['choices'])}"
+        default = getattr(defaults, name)
+        if default is not None:
+            text += f" (default: {','.join(default) if isinstance(default, list) else default})"
+        flags = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
+        bare: Any = {"nargs": "?", "const": "true"} if hint is bool or bool in getattr(hint, "__args__", ()) else {}
+        parser.add_argument(*flags, dest=name, default=argparse.SUPPRESS, metavar="VALUE", help=text, **bare)
+
+
+def _sft(options: argparse.Namespace) -> int:
+    values = read_yaml(options.config) if options.config else {}
+    flags = {name: value for name, value in vars(options).items() if name in fields_of(SFTConfig)}
+    config = SFTConfig.from_mapping(values | flags, source=options.config or "flags")
+
+    from posttrain.train.sft import SFTTrainer
+
+    result = SFTTrainer(args=config).train()
+    print(f"{result.global_step} steps, loss {result.loss:.4f}; checkpoint in {result.checkpoint}")
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from posttrain.doctor import report
+
+    print(report())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,226 @@
+"""Loop: optimizer steps over micro-batches, with metrics, evaluation, checkpoints and resume.
+
+It knows no method: it takes a source of steps and a function that gives the loss of a micro-batch.
+"""
+
+import math
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from posttrain.data import PackedBatch
+from posttrain.objectives import Loss
+from posttrain.train import checkpoint
+from posttrain.train.config import ConfigError, TrainConfig, check_writable
+from posttrain.train.metrics import MetricsLog, Window
+from posttrain.train.optimizer import Optimizer
+from posttrain.train.plot import plot_metrics
+from posttrain.train.progress import Progress
+from posttrain.train.schedule import learning_rate_factor, num_warmup_steps
+from posttrain.train.source import PackedSource, Step
+
+LossFunction = Callable[[Any, PackedBatch, Step], Loss]
+"""(model, micro-batch, the step it belongs to) -> its share of the step's loss."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """The run was stopped by Ctrl-C, after a checkpoint."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(f"stopped; checkpoint in {folder}")
+        self.folder = folder
+
+
+class TrainResult(NamedTuple):
+    """What a run came to: its last step, the loss of its last log line, and its last checkpoint."""
+
+    global_step: int
+    loss: float
+    checkpoint: Path
+
+
+class Loop:
+    """One training run of `model` on `source`, in `config.output_dir`."""
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        config: TrainConfig,
+        source: PackedSource,
+        loss: LossFunction,
+        eval_source: PackedSource | None = None,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.config = config
+        self.source = source
+        self.loss = loss
+        self.eval_source = eval_source
+        self.output_dir = Path(config.output_dir)
+        self.device = next(model.parameters()).device
+        self.history: list[dict[str, Any]] = []
+        epochs = config.num_train_epochs
+        self.num_steps = config.max_steps if config.max_steps > 0 else math.ceil(epochs * source.steps_per_epoch)
+        self._num_warmup = num_warmup_steps(config.warmup_steps, self.num_steps)
+        bf16 = self.device.type == "cuda" if config.bf16 is None else config.bf16
+        self._optimizer = Optimizer(model, config, torch.bfloat16 if bf16 else None)
+        self._window = Window()
+        self._num_tokens = 0
+
+    def run(self, resume: bool | str | None = None) -> TrainResult:
+        """Train to the last step. `resume` is a checkpoint folder, or True for the newest valid one.
+
+        Ctrl-C finishes the running step, saves, and raises `Interrupted`.
+        """
+        folder = self._checkpoint_to_resume(resume)
+        check_writable(self.output_dir)
+        if self.config.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        set_seed(self.config.seed)
+        first = self._resume(folder) if folder else 0
+        if first >= self.num_steps:
+            raise ConfigError(f"nothing to do: {folder} is at step {first} of {self.num_steps}")
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        with (
+            closing(MetricsLog(self.output_dir, self.config.report_to, first)) as log,
+            Progress(self.num_steps, first, bar=not self.config.disable_tqdm) as progress,
+            _Interrupt() as interrupt,
+        ):
+            self.history = log.history
+            for step in range(first + 1, self.num_steps + 1):
+                self._train_step(step, log, progress)
+                if interrupt.asked and step < self.num_steps:
+                    raise Interrupted(self._save(step))
+            if self.eval_source is not None:
+                self._evaluate_into(log, progress, self.num_steps)
+        plot_metrics(self.history, self.output_dir / "metrics.png")
+        final_loss = next(record["loss"] for record in reversed(self.history) if "loss" in record)
+        return TrainResult(self.num_steps, final_loss, self._save(self.num_steps))
+
+    def evaluate(self) -> dict[str, float]:
+        """The metrics over the whole evaluation set, as `eval_<name>`."""
+        if self.eval_source is None:
+            raise ConfigError("there is no evaluation data")
+        everything = self.eval_source.everything()
+        window = Window()
+        with _evaluating(self.model), torch.no_grad():
+            for batch in everything.batches:
+                window.add(self.loss(self.model, batch.to(self.device), everything).metrics)
+        return {f"eval_{name}": value for name, value in window.totals().items()}
+
+    def _train_step(self, step: int, log: MetricsLog, progress: Progress) -> None:
+        config = self.config
+        started = time.perf_counter()
+        data = self.source.step(step - 1)
+        self.model.train()
+        for batch in data.batches:
+            loss = self.loss(self.model, batch.to(self.device), data)
+            loss.value.backward()
+            self._window.add(loss.metrics)
+        rate = config.learning_rate * learning_rate_factor(
+            config.lr_scheduler_type, step - 1, self.num_steps, self._num_warmup
+        )
+        norm = self._optimizer.step(rate)
+        self._window.end_step()
+        self._num_tokens += data.num_tokens
+        progress.advance(step, data.num_tokens)
+
+        if step % config.logging_steps == 0 or step == self.num_steps:
+            record = {"step": step, "epoch": step / self.source.steps_per_epoch, **self._window.take()}
+            record |= {"grad_norm": norm.item(), "learning_rate": rate, "num_tokens": self._num_tokens}
+            record["step_time"] = time.perf_counter() - started
+            log.write(record)
+            progress.report(step, record)
+        if step == self.num_steps:
+            return
+        if self.eval_source and config.eval_steps and step % config.eval_steps == 0:
+            self._evaluate_into(log, progress, step)
+        if config.save_steps and step % config.save_steps == 0:
+            self._save(step)
+
+    def _evaluate_into(self, log: MetricsLog, progress: Progress, step: int) -> None:
+        record = {"step": step, **self.evaluate()}
+        log.write(record)
+        progress.report(step, record)
+
+    def _save(self, step: int) -> Path:
+        state = {
+            "num_steps": self.num_steps,
+            "num_tokens": self._num_tokens,
+            "window": {"steps": self._window.steps, "totals": self._window.totals()},
+            "config": self.config.to_mapping(),
+        }
+        optimizer = self._optimizer.state()
+        folder = checkpoint.save(self.output_dir, step, self.model, self.tokenizer, optimizer, state)
+        if self.config.save_total_limit is not None:
+            checkpoint.remove_old(self.output_dir, self.config.save_total_limit)
+        return folder
+
+    def _checkpoint_to_resume(self, resume: bool | str | None) -> Path | None:
+        if isinstance(resume, str):
+            return Path(resume)
+        newest = checkpoint.find_newest(self.output_dir)
+        if resume and newest is None:
+            raise ConfigError(f"resume_from_checkpoint: there is no valid checkpoint in {self.output_dir}")
+        if not resume and newest is not None:
+            raise ConfigError(
+                f"output_dir {self.output_dir} already holds {newest.name}; "
+                "set resume_from_checkpoint to go on from it, or choose another output_dir"
+            )
+        return newest
+
+    def _resume(self, folder: Path) -> int:
+        """Restore everything from `folder`; returns the step it was saved after."""
+        optimizer, state = checkpoint.load(folder, self.model, self.device)
+        self._optimizer.load_state(optimizer)
+        self._window.restore(state["window"]["steps"], state["window"]["totals"])
+        self._num_tokens = state["num_tokens"]
+        return state["step"]
+
+
+def set_seed(seed: int) -> None:
+    """Seed the generators of Python, numpy and torch."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    before = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(before)
+
+
+class _Interrupt:
+    """Notes the first Ctrl-C instead of stopping at once; the second one stops. Only the main thread can."""
+
+    asked = False
+
+    def __enter__(self) -> "_Interrupt":
+        self._before: Any = None
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+
+    def _note(self, number: int, frame: Any) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True

@@ -1,0 +1,86 @@
+"""Metrics: what is averaged between two log lines, and where the lines go."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FILE = "metrics.jsonl"
+
+
+class Window:
+    """Mean over the optimizer steps since the last log line, kept on the device until it is asked for."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, shares: Mapping[str, Tensor]) -> None:
+        """Add what one micro-batch contributes to its step's metrics."""
+        for name, share in shares.items():
+            wide = share.double()
+            self._sums[name] = self._sums[name] + wide if name in self._sums else wide
+
+    def end_step(self) -> None:
+        """The micro-batches of a step are done."""
+        self.steps += 1
+
+    def take(self) -> dict[str, float]:
+        """The means; the window starts anew."""
+        means = {name: total / self.steps for name, total in self.totals().items()}
+        self.__init__()
+        return means
+
+    def totals(self) -> dict[str, float]:
+        """The sums so far. This waits for the device."""
+        return {name: value.item() for name, value in self._sums.items()}
+
+    def restore(self, steps: int, totals: Mapping[str, float]) -> None:
+        """Go on from `steps` and `totals`."""
+        self.steps = steps
+        self._sums = {name: torch.tensor(value, dtype=torch.float64) for name, value in totals.items()}
+
+
+class MetricsLog:
+    """Appends every record to metrics.jsonl and, if asked, to TensorBoard; keeps them as `history`."""
+
+    def __init__(self, output_dir: Path, report_to: list[str], resumed_step: int = 0) -> None:
+        self._path = output_dir / FILE
+        self.history = [record for record in read(output_dir) if record["step"] <= resumed_step]
+        partial = self._path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(record) + "\n" for record in self.history), encoding="utf-8")
+        os.replace(partial, self._path)
+        self._board: Any = None
+        if "tensorboard" in report_to:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(output_dir / "tensorboard"), purge_step=resumed_step + 1)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append `record`, which must have a `step`."""
+        self.history.append(record)
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        if self._board is not None:
+            for name, value in record.items():
+                if name != "step":
+                    group = "eval" if name.startswith("eval_") else "train"
+                    self._board.add_scalar(f"{group}/{name.removeprefix('eval_')}", value, record["step"])
+
+    def close(self) -> None:
+        """Flush what is buffered."""
+        if self._board is not None:
+            self._board.close()
+
+
+def read(output_dir: Path) -> list[dict[str, Any]]:
+    """The records in `output_dir`, oldest first; a last line that was cut off is left out."""
+    path = output_dir / FILE
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1]]

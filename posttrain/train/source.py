@@ -1,0 +1,94 @@
+"""PackedSource: which examples make an optimizer step, and how they are spread over micro-batches.
+
+Everything is a pure function of the step's number: the position in the data is that number alone, and a run that is
+resumed sees what it would have seen.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from posttrain.data import Example, PackedBatch
+from posttrain.data.pack import pack_best_fit
+from posttrain.train.config import ConfigError
+
+
+@dataclass(frozen=True)
+class Step:
+    """The data of one optimizer step.
+
+    Attributes:
+        batches: its micro-batches.
+        num_targets: target tokens of all of them.
+        num_tokens: tokens of all of them.
+    """
+
+    batches: list[PackedBatch]
+    num_targets: int
+    num_tokens: int
+
+
+class PackedSource:
+    """Examples in seeded order, `sequences_per_step` at a time, packed without padding.
+
+    A sequence is an example or, with `bin_tokens`, a bin of that many tokens filled with examples (best fit). In either
+    case the examples of a step are spread anew over micro-batches of at most `max_tokens` tokens.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        *,
+        sequences_per_step: int,
+        max_tokens: int,
+        bin_tokens: int | None = None,
+        shuffle_seed: int | None = None,
+    ) -> None:
+        if not examples:
+            raise ConfigError("there is no example to train on")
+        longest = max(range(len(examples)), key=lambda i: len(examples[i]))
+        if len(examples[longest]) > max_tokens:
+            raise ConfigError(
+                f"example {longest} has {len(examples[longest])} tokens, more than max_tokens_per_batch {max_tokens}; "
+                "raise max_tokens_per_batch or lower max_length"
+            )
+        self._examples = examples
+        self._max_tokens = max_tokens
+        self._sequences_per_step = sequences_per_step
+        self._shuffle_seed = shuffle_seed
+        lengths = [len(example) for example in examples]
+        self._sequences = (
+            [[i] for i in range(len(examples))] if bin_tokens is None else pack_best_fit(lengths, bin_tokens)
+        )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of one pass over the data; the last one may have fewer sequences."""
+        return -(-len(self._sequences) // self._sequences_per_step)
+
+    def step(self, number: int) -> Step:
+        """Optimizer step `number`, counted from 0 over all epochs."""
+        epoch, within = divmod(number, self.steps_per_epoch)
+        first = within * self._sequences_per_step
+        chosen = self._order(epoch)[first : first + self._sequences_per_step]
+        return self._pack([i for sequence in chosen for i in self._sequences[sequence]])
+
+    def everything(self) -> Step:
+        """All examples as one step."""
+        return self._pack(range(len(self._examples)))
+
+    def _order(self, epoch: int) -> list[int]:
+        if self._shuffle_seed is None:
+            return list(range(len(self._sequences)))
+        generator = torch.Generator().manual_seed(self._shuffle_seed + epoch)
+        return torch.randperm(len(self._sequences), generator=generator).tolist()
+
+    def _pack(self, indices: Sequence[int]) -> Step:
+        examples = [self._examples[i] for i in indices]
+        bins = pack_best_fit([len(example) for example in examples], self._max_tokens)
+        return Step(
+            batches=[PackedBatch.pack([examples[i] for i in members]) for members in bins],
+            num_targets=sum(example.num_targets for example in examples),
+            num_tokens=sum(len(example) for example in examples),
+        )
