@@ -2,6 +2,9 @@
 
 from posttrain.data.batch import PackedBatch
 from posttrain.data.example import Example
+from posttrain.data.load import load_rows
 from posttrain.data.pack import pack_best_fit
+from posttrain.data.rows import DataError, Rows
+from posttrain.data.tokenize import tokenize_sft
 
-__all__ = ["Example", "PackedBatch", "pack_best_fit"]
+__all__ = ["DataError", "Example", "PackedBatch", "Rows", "load_rows", "pack_best_fit", "tokenize_sft"]

@@ -14,11 +14,13 @@ class Example:
         input_ids: int32 `[L]`.
         loss_mask: bool `[L]`; True where the token is a target. The first token never is: nothing predicts it.
         group: examples with the same number share a prompt; None if unknown.
+        origin: the file and line it came from, for messages; None if unknown.
     """
 
     input_ids: NDArray[np.int32]
     loss_mask: NDArray[np.bool_]
     group: int | None = None
+    origin: str | None = None
 
     def __len__(self) -> int:
         return len(self.input_ids)
