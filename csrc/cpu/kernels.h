@@ -16,4 +16,46 @@ void rms_norm_backward(const T* grad_y, const T* grad_sum, const T* sum, const T
                        T* partial, int64_t rows, int64_t width);
 int64_t rms_norm_blocks(int64_t rows);
 
+// Elements between neighbours of a view [batch, heads, tokens, width] whose last dimension is contiguous.
+struct HeadStrides {
+  int64_t batch, head, token;
+};
+
+// Turns the first `rotated` elements of every head by the angles whose cos and sin are [1 or batch, tokens, rotated],
+// or, transposed, back; copies the others.
+template <class T>
+void rope(const T* x, HeadStrides from, T* y, HeadStrides to, const T* cos, const T* sin, int64_t angle_batch_stride,
+          int64_t batch, int64_t heads, int64_t tokens, int64_t width, int64_t rotated, bool transposed);
+
+// y = act(gate) * up with act 0 silu, 1 gelu, 2 gelu's tanh form. Rows of inputs have strides, results are contiguous.
+template <class T>
+void glu_forward(int act, const T* gate, int64_t gate_stride, const T* up, int64_t up_stride, T* y,
+                 int64_t rows, int64_t width);
+template <class T>
+void glu_backward(int act, const T* grad_y, int64_t grad_stride, const T* gate, int64_t gate_stride,
+                  const T* up, int64_t up_stride, T* grad_gate, T* grad_up, int64_t rows, int64_t width);
+
+// Logits of a head: z = cap((a + bias) * scale) * inverse_temperature with cap(t) = softcap * tanh(t / softcap),
+// or t where softcap is 0.
+struct LogitTransform {
+  double scale, softcap, inverse_temperature;
+};
+
+// Folds a tile of raw logits a [rows, cols] (row stride `stride`, columns first_column...) into the statistics of
+// every token but the target: reference m, maximum top, s = sum e^(z-m), t = sum (z-m) e^(z-m) (may be null), and
+// the target's own z in z_target. Leaves z in the tile if `unit` is null. Otherwise leaves e^(z-m) dz/dcap there (0
+// at the target) and rescales the rows of unit [rows, width] where m moved.
+template <class T>
+void logprob_fold(T* tile, int64_t stride, int64_t rows, int64_t cols, int64_t first_column, const int64_t* targets,
+                  const T* bias, LogitTransform transform, T* m, T* top, T* s, T* t, T* z_target, T* unit,
+                  int64_t width);
+
+// Gradient of a tile of raw logits (or of finished z, if `finished`), written to `grad` (which may be the tile).
+// entropy and the three incoming gradients are per row; entropy, grad_lse and grad_entropy may be null.
+template <class T>
+void logprob_grad(const T* tile, int64_t tile_stride, T* grad, int64_t grad_stride, int64_t rows, int64_t cols,
+                  int64_t first_column, const int64_t* targets, const T* bias, LogitTransform transform, bool finished,
+                  const T* logprob, const T* entropy, const T* lse, const T* grad_logprob, const T* grad_entropy,
+                  const T* grad_lse);
+
 }  // namespace posttrain::POSTTRAIN_ISA

@@ -7,6 +7,8 @@ in the precision of their inputs, but at least float32.
 import torch
 from torch import Tensor
 
+from posttrain.ops.layout import PackedLayout
+
 
 def rms_norm(
     x: Tensor, weight: Tensor, eps: float = 1e-6, residual: Tensor | None = None
@@ -17,6 +19,30 @@ def rms_norm(
     scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     y = (wide * scale * weight.to(wide.dtype)).to(x.dtype)
     return y if residual is None else (y, total)
+
+
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
+    """`posttrain.ops.rope`."""
+    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+    return _turn(q, cos, sin), _turn(k, cos, sin)
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    wide = _wide(x)
+    turned, rest = wide.split([cos.shape[-1], x.shape[-1] - cos.shape[-1]], dim=-1)
+    a, b = turned.chunk(2, dim=-1)
+    turned = turned * cos.to(wide.dtype) + torch.cat([-b, a], dim=-1) * sin.to(wide.dtype)
+    return torch.cat([turned, rest], dim=-1).to(x.dtype)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """`posttrain.ops.swiglu`."""
+    return (torch.nn.functional.silu(_wide(gate)) * up).to(gate.dtype)
+
+
+def geglu(gate: Tensor, up: Tensor, approximate: str = "tanh") -> Tensor:
+    """`posttrain.ops.geglu`."""
+    return (torch.nn.functional.gelu(_wide(gate), approximate=approximate) * up).to(gate.dtype)
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -35,7 +61,7 @@ def linear_logprob(
     logit_scale: float = 1.0,
     lora: tuple[Tensor, Tensor, float] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`posttrain.ops.linear_logprob`: (logprob, entropy, lse, is_top1), each `[M]`, through the whole `[M, V]` logits."""
+    """`posttrain.ops.linear_logprob`: (logprob, entropy, lse, is_top1), each `[M]`, through all `[M, V]` logits."""
     x = _wide(hidden if rows is None else hidden[rows])
     logits = x @ weight.to(x.dtype).T
     if lora is not None:
@@ -51,7 +77,31 @@ def linear_logprob(
     y = torch.where(valid, targets, 0).unsqueeze(-1)
     lse = logits.logsumexp(-1)
     log_p = logits.log_softmax(-1)
-    entropy = -torch.special.xlogy(log_p.exp(), log_p.exp()).sum(-1)
+    entropy = lse - (log_p.exp() * logits).sum(-1)
     is_top1 = logits.gather(-1, y).squeeze(-1) >= logits.amax(-1)
     logprob = log_p.gather(-1, y).squeeze(-1)
     return torch.where(valid, logprob, 0), torch.where(valid, entropy, 0), torch.where(valid, lse, 0), is_top1 & valid
+
+
+def packed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: PackedLayout,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """`posttrain.ops.packed_attention`, through the whole `[Hq, T, T]` scores."""
+    group = q.shape[1] // k.shape[1]
+    keys, values = (_wide(x).repeat_interleave(group, 1) for x in (k, v))
+    scores = torch.einsum("qhd,khd->hqk", _wide(q), keys) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    index = torch.arange(len(q), device=q.device)
+    visible = (index <= index[:, None]) & (index[:, None] < layout.visible_until)
+    if window is not None:
+        visible &= layout.positions[:, None] - layout.positions < window
+    weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
+    return torch.einsum("hqk,khd->qhd", weights, values).to(q.dtype)

@@ -1,0 +1,289 @@
+"""Log-probabilities of target tokens straight from hidden states, without the `[M, V]` logits in memory.
+
+With a_v = x W_v + s (x A^T) B_v + bias_v the raw logits of a row x, the logits are
+
+    z_v = cap(a_v logit_scale) / temperature,    cap(t) = softcap tanh(t / softcap), or t
+
+and, for a target y, everything follows from the tokens other than y, so that confident tokens keep their digits:
+
+    L        = log sum over v != y of e^z_v
+    logprob  = -softplus(L - z_y)                                    (not z_y - lse, which rounds to 0)
+    lse      = logaddexp(L, z_y)
+    entropy  = -p_y log p_y - q log q + q H_others,    q = 1 - p_y = sigmoid(L - z_y)
+
+(the chain rule of entropy; H_others is that of the other tokens among themselves). The gradient is
+
+    dz_v = p_v (g_lse - g_logprob - g_entropy (log p_v + entropy))   for v != y
+    dz_y = g_logprob q + p_y (g_lse - g_entropy (log p_y + entropy))
+
+The vocabulary is walked in slabs with running statistics (Milakov and Gimelshein, "Online normalizer calculation for
+softmax", 2018). What the forward saves decides what the backward costs, in GEMMs of M x H x V, forward included:
+
+    unit     d logprob / dx, accumulated beside the statistics: 2      hidden wants a gradient, the head is frozen
+    logits   z itself, where it fits in `memory_budget`: 3             trainable head (2 if frozen)
+    none     the logits are recomputed slab by slab: 4                 trainable head (3 if frozen)
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from posttrain.ops import logprob_tiled, reference
+from posttrain.ops.backend import backend_for
+from posttrain.ops.library import define
+from posttrain.ops.logprob_problem import IGNORED, Grads, Needs, Problem
+
+DEFAULT_MEMORY_BUDGET = 32 << 20
+
+
+class TokenLogprobs(NamedTuple):
+    """What a policy says of M target tokens.
+
+    Attributes:
+        logprob: `[M]`, log p(target), 0 for a target of -100.
+        entropy: `[M]`, entropy of the distribution in nats, or None if it was not asked for.
+        lse: `[M]`, log of the sum of exponentials of the scaled logits.
+        is_top1: bool `[M]`, whether no other token is more likely.
+    """
+
+    logprob: Tensor
+    entropy: Tensor | None
+    lse: Tensor
+    is_top1: Tensor
+
+
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    rows: Tensor | None = None,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    lora: tuple[Tensor, Tensor, float] | None = None,
+    need_entropy: bool = False,
+    memory_budget: int = DEFAULT_MEMORY_BUDGET,
+) -> TokenLogprobs:
+    """Log-probability of each target under the softmax of a language head.
+
+    Args:
+        hidden: `[N, H]`, floating.
+        weight: `[V, H]`, the head; dtype and device of `hidden`.
+        targets: int64 `[M]` in `[0, V)`, or -100 to skip (log-probability 0, no gradient, no cost).
+        rows: int64 `[M]`, the row of `hidden` that predicts each target; rows may repeat or be absent. None means
+            row m predicts target m.
+        bias: `[V]`, added to the raw logits.
+        temperature: divides the logits.
+        softcap: squashes the logits to `(-softcap, softcap)` before the temperature (Gemma 2).
+        logit_scale: multiplies the raw logits.
+        lora: (A `[R, H]`, B `[V, R]`, scaling), an adapter on the head; never merged.
+        need_entropy: also compute the entropy.
+        memory_budget: bytes of workspace, beyond inputs, outputs, gradients and one `[M, H]` of saved state.
+
+    Returns:
+        `TokenLogprobs`, in float32 (float64 for float64). logprob, entropy and lse are differentiable with respect
+        to hidden, weight, bias and the adapter. Repeated calls give the same bits.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or values that don't fit, with the numbers. On a GPU a target or row out
+            of range is a device-side assertion instead, since looking at it would stall.
+    """
+    lora_a, lora_b, scaling = lora or (None, None, 1.0)
+    _check(hidden, weight, targets, rows, bias, lora_a, lora_b, temperature, softcap)
+    backend = backend_for("linear_logprob", hidden)
+    if backend == "reference":
+        logprob, entropy, lse, is_top1 = reference.linear_logprob(
+            hidden,
+            weight,
+            targets,
+            rows=rows,
+            bias=bias,
+            temperature=temperature,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            lora=lora,
+        )
+        return TokenLogprobs(logprob, entropy if need_entropy else None, lse, is_top1)
+    head = [g for g in (weight, bias, lora_a, lora_b) if g is not None]
+    save = _what_to_save(hidden, head, len(targets), memory_budget, lora is not None, backend)
+    scalars = (float(scaling), float(temperature), softcap, float(logit_scale), need_entropy, memory_budget)
+    tensors = (hidden, weight, targets, rows, bias, lora_a, lora_b)
+    logprob, entropy, lse, is_top1, _ = _linear_logprob(*tensors, *scalars, save, backend)
+    return TokenLogprobs(logprob, entropy if need_entropy else None, lse, is_top1)
+
+
+def _what_to_save(
+    hidden: Tensor, head: list[Tensor], targets: int, memory_budget: int, has_lora: bool, backend: str
+) -> str:
+    head_trains = any(g.requires_grad for g in head)
+    if not torch.is_grad_enabled() or not (hidden.requires_grad or head_trains):
+        return "none"
+    wide = torch.promote_types(hidden.dtype, torch.float32).itemsize
+    if backend == "cpu" and targets * len(head[0]) * wide <= memory_budget:
+        return "logits"
+    return "none" if head_trains or has_lora else "unit"
+
+
+def _forward(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    *fields, save, backend = arguments
+    p = Problem(*fields)
+    if backend == "triton":
+        from posttrain.kernels.logprob import logprob_forward
+
+        return logprob_forward(p, save)
+    return logprob_tiled.forward(_contiguous(p), save)
+
+
+def _fake(*arguments):
+    *fields, save, _ = arguments
+    p = Problem(*fields)
+    wide = torch.promote_types(p.hidden.dtype, torch.float32)
+    per_target = p.hidden.new_empty(p.targets.shape, dtype=wide)
+    saved_width = {"unit": p.hidden.shape[-1], "logits": p.weight.shape[0]}.get(save)
+    saved_shape = (0,) if saved_width is None else (len(p.targets), saved_width)
+    return (
+        per_target,
+        torch.empty_like(per_target) if p.need_entropy else per_target.new_empty(0),
+        torch.empty_like(per_target),
+        torch.empty_like(per_target, dtype=torch.bool),
+        p.hidden.new_empty(saved_shape, dtype=wide),
+    )
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    *tensors, scaling, temperature, softcap, logit_scale, need_entropy, memory_budget, save, backend = inputs
+    logprob, entropy, lse, is_top1, saved = output
+    ctx.mark_non_differentiable(is_top1, saved)
+    ctx.set_materialize_grads(False)
+    ctx.scalars = (scaling, temperature, softcap, logit_scale, need_entropy, memory_budget)
+    ctx.save, ctx.backend = save, backend
+    ctx.save_for_backward(*tensors, logprob, entropy, lse, saved)
+
+
+def _backward(ctx, grad_logprob, grad_entropy, grad_lse, *_):
+    *tensors, logprob, entropy, lse, saved = ctx.saved_tensors
+    needs_hidden, needs_weight, _, _, needs_bias, needs_a, needs_b = ctx.needs_input_grad[:7]
+    nothing = [None] * len(ctx.needs_input_grad)
+    if grad_logprob is None and grad_entropy is None and grad_lse is None:
+        return tuple(nothing)
+    needs = [needs_hidden, needs_weight, needs_bias, needs_a or needs_b]
+    incoming = (grad_logprob, grad_entropy, grad_lse)
+    results = (logprob, entropy, lse, saved)
+    grads = _linear_logprob_backward(*incoming, *results, *tensors, *ctx.scalars, needs, ctx.save, ctx.backend)
+    hidden, weight, bias, lora_a, lora_b = (g if n else None for g, n in zip(grads, [*needs, needs[3]], strict=True))
+    return hidden, weight, None, None, bias, lora_a, lora_b, *nothing[7:]
+
+
+def _gradient(grad_logprob, grad_entropy, grad_lse, logprob, entropy, lse, saved, *arguments):
+    *fields, needs, save, backend = arguments
+    p, needs = Problem(*fields), Needs(*needs)
+    incoming, results = (grad_logprob, grad_entropy, grad_lse), (logprob, entropy, lse)
+    unit_is_enough = save == "unit" and grad_entropy is None and grad_lse is None
+    if backend == "triton":
+        from posttrain.kernels import logprob as triton
+
+        if unit_is_enough:
+            hidden = triton.unit_backward(grad_logprob, saved, p.rows, len(p.hidden), p.hidden.dtype)
+            return _filled(p, Grads(hidden, None, None, None, None))
+        return _filled(p, triton.logprob_backward(p, *incoming, *results, needs))
+    p = _contiguous(p)
+    if unit_is_enough:
+        return _filled(p, Grads(logprob_tiled.unit_backward(p, grad_logprob, saved), None, None, None, None))
+    return _filled(p, logprob_tiled.backward(p, *incoming, *results, saved if save == "logits" else None, needs))
+
+
+def _filled(p: Problem, grads: Grads) -> tuple[Tensor, ...]:
+    """A registered op returns tensors only: empty ones stand for gradients that nobody needs."""
+    return tuple(p.hidden.new_empty(0) if g is None else g for g in grads)
+
+
+def _fake_gradient(grad_logprob, grad_entropy, grad_lse, logprob, entropy, lse, saved, *arguments):
+    *fields, needs, _, _ = arguments
+    p, needs = Problem(*fields), Needs(*needs)
+    wanted = zip((p.hidden, p.weight, p.bias, p.lora_a, p.lora_b), [*needs, needs.lora], strict=True)
+    return tuple(torch.empty_like(x) if x is not None and need else p.hidden.new_empty(0) for x, need in wanted)
+
+
+def _contiguous(p: Problem) -> Problem:
+    tensors = {name: value.contiguous() for name, value in vars(p).items() if isinstance(value, Tensor)}
+    return Problem(**{**vars(p), **tensors})
+
+
+def _check(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    rows: Tensor | None,
+    bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+) -> None:
+    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
+        _refuse(f"hidden must be [N, H] and weight [V, H]; got {list(hidden.shape)} and {list(weight.shape)}")
+    if not hidden.is_floating_point():
+        _refuse(f"hidden must be floating, got {hidden.dtype}")
+    if targets.ndim != 1 or targets.dtype != torch.int64:
+        _refuse(f"targets must be int64 [M]; got {targets.dtype} {list(targets.shape)}")
+    if rows is None and len(targets) != len(hidden):
+        _refuse(f"without rows, targets need one entry per row of hidden; got {len(targets)} for {len(hidden)} rows")
+    if rows is not None and (rows.shape != targets.shape or rows.dtype != torch.int64):
+        _refuse(f"rows must be int64 {list(targets.shape)} like targets; got {rows.dtype} {list(rows.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        _refuse(f"bias must be [V] = [{len(weight)}]; got {list(bias.shape)}")
+    if lora_a is not None and lora_b is not None:
+        rank = lora_a.shape[0] if lora_a.ndim == 2 else -1
+        if lora_a.shape != (rank, hidden.shape[1]) or lora_b.shape != (len(weight), rank):
+            _refuse(f"lora must be A [R, H], B [V, R]; got {list(lora_a.shape)} and {list(lora_b.shape)}")
+    for name, x in {"weight": weight, "bias": bias, "lora A": lora_a, "lora B": lora_b}.items():
+        if x is not None and (x.dtype != hidden.dtype or x.device != hidden.device):
+            _refuse(f"{name} must be {hidden.dtype} on {hidden.device} like hidden; got {x.dtype} on {x.device}")
+    if not temperature > 0:
+        _refuse(f"temperature must be positive, got {temperature}")
+    if softcap is not None and not softcap > 0:
+        _refuse(f"softcap must be positive, got {softcap}")
+    _check_range("targets", targets, len(weight), also=IGNORED)
+    if rows is not None:
+        _check_range("rows", rows, len(hidden), also=0 if len(hidden) else None)
+
+
+def _check_range(name: str, index: Tensor, size: int, also: int | None) -> None:
+    if torch.compiler.is_compiling() or len(index) == 0:
+        return
+    bad = (index < 0) | (index >= size)
+    if also is not None:
+        bad &= index != also
+    if index.device.type == "cuda":
+        torch._assert_async(~bad.any(), f"linear_logprob: {name} out of range [0, {size})")
+    elif bool(bad.any()):
+        where = int(bad.nonzero()[0])
+        _refuse(f"{name}[{where}] is {int(index[where])}, out of range [0, {size})")
+
+
+def _refuse(message: str) -> None:
+    raise ValueError(f"linear_logprob: {message}")
+
+
+_PROBLEM = (
+    "Tensor hidden, Tensor weight, Tensor targets, Tensor? rows, Tensor? bias, Tensor? lora_a, Tensor? lora_b, "
+    "float lora_scaling, float temperature, float? softcap, float logit_scale, bool need_entropy, SymInt memory_budget"
+)
+_linear_logprob_backward = define(
+    "linear_logprob_backward",
+    "(Tensor? grad_logprob, Tensor? grad_entropy, Tensor? grad_lse, Tensor logprob, Tensor entropy, Tensor lse, "
+    f"Tensor saved, {_PROBLEM}, bool[] needs, str save, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _gradient,
+    _fake_gradient,
+)
+_linear_logprob = define(
+    "linear_logprob",
+    f"({_PROBLEM}, str save, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _forward,
+    _fake,
+    _setup_context,
+    _backward,
+)

@@ -1,0 +1,310 @@
+"""linear_logprob by tiles: a library GEMM makes a tile of logits, C++ folds it while it is in cache.
+
+Vocabulary outside, rows inside, one tile of at most ROWS x COLUMNS logits at a time:
+
+    statistics     per row, over the tokens v other than the target y: the largest logit, s = sum e^(z-m) and
+                   t = sum (z-m) e^(z-m) for a reference m near the maximum
+    unit           with E = sum over v != y of e^(z-m) W_v accumulated by a second GEMM per tile and q = 1 - p_y,
+                   d logprob / dx = q (W_y - E / s): a frozen head's backward is one multiplication
+    gradient       the tile again (or the cached logits), turned into dlogits, then the two GEMMs of a linear layer
+
+Everything is computed in float32 (float64 for float64); half-precision weights are widened slab by slab.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from posttrain import _C
+from posttrain.ops.logprob_problem import IGNORED, Grads, Needs, Problem
+
+ROWS, COLUMNS = 1024, 1024
+
+
+class _Targets(NamedTuple):
+    """The m <= M targets that count, with what predicts them."""
+
+    kept: Tensor | None  # their indices among the M, None for all
+    rows: Tensor | None  # the row of hidden of each, None for 0, 1, 2, ...
+    y: Tensor  # [m]
+    x: Tensor  # [m, H] wide
+    lora_x: Tensor | None  # [m, R] scaling * x A^T
+
+
+class _Slab(NamedTuple):
+    """A run of the vocabulary, widened."""
+
+    columns: slice
+    weight: Tensor  # [c, H]
+    lora_b: Tensor | None  # [c, R]
+    bias: Tensor | None  # [c]
+
+
+def forward(p: Problem, save: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(logprob, entropy, lse, is_top1, saved); `saved` is the unit `[M, H]`, the logits `[M, V]` or empty."""
+    t = _select(p, p.targets != IGNORED)
+    state = t.x.new_zeros(5, len(t.y))  # m, largest other logit, s, t, the target's logit
+    state[:2] = -torch.inf
+    unit = torch.empty_like(t.x) if save == "unit" else None
+    logits = t.x.new_empty(len(t.y), len(p.weight)) if save == "logits" else None
+    buffer = _buffer(p, t)
+    for slab in _slabs(p, t.x.dtype):
+        for block in _blocks(p, t):
+            tile = _view(buffer, block, slab) if logits is None else logits[block, slab.columns]
+            _make_logits(tile, t, block, slab)
+            _fold(tile, p, t.y[block], slab, state[:, block], None if unit is None else unit[block])
+            if unit is not None:
+                unit[block].addmm_(tile, slab.weight, beta=0 if slab.columns.start == 0 else 1)
+    if unit is not None:
+        _finish_unit(unit, p, t, state)
+    return (*_finish(p, t, state), _spread(unit if logits is None else logits, p, t, t.x))
+
+
+def unit_backward(p: Problem, grad_logprob: Tensor, unit: Tensor) -> Tensor:
+    """Gradient of hidden, from the unit that the forward saved."""
+    if p.rows is None:
+        return (unit * grad_logprob.to(unit.dtype).unsqueeze(-1)).to(p.hidden.dtype)
+    grad = torch.zeros_like(p.hidden, dtype=unit.dtype)
+    for start in range(0, len(p.targets), ROWS):
+        block = slice(start, start + ROWS)
+        grad.index_add_(0, p.rows[block], unit[block] * grad_logprob[block].to(unit.dtype).unsqueeze(-1))
+    return grad.to(p.hidden.dtype)
+
+
+def backward(
+    p: Problem,
+    grad_logprob: Tensor | None,
+    grad_entropy: Tensor | None,
+    grad_lse: Tensor | None,
+    logprob: Tensor,
+    entropy: Tensor,
+    lse: Tensor,
+    logits: Tensor | None,
+    needs: Needs,
+) -> Grads:
+    """All gradients, from the logits recomputed by tiles or cached by the forward; rows with none cost nothing."""
+    incoming = [g for g in (grad_logprob, grad_entropy, grad_lse) if g is not None]
+    active = torch.stack([g != 0 for g in incoming]).any(0) & (p.targets != IGNORED)
+    t = _select(p, active)
+    grads = _Gradients(p, t, needs)
+    per_row = [
+        None if g is None else _pick(g, t) for g in (logprob, entropy, lse, grad_logprob, grad_entropy, grad_lse)
+    ]
+    buffer = _buffer(p, t)
+    for slab in _slabs(p, t.x.dtype):
+        grads.open(slab)
+        for block in _blocks(p, t):
+            tile = _view(buffer, block, slab)
+            source = tile
+            if logits is None:
+                _make_logits(tile, t, block, slab)
+            else:
+                source = logits[block, slab.columns] if t.kept is None else logits[t.kept[block], slab.columns]
+            _make_gradient(
+                source,
+                tile,
+                p,
+                t.y[block],
+                slab,
+                logits is not None,
+                [None if g is None else g[block] for g in per_row],
+            )
+            grads.add(tile, block, slab)
+        grads.close(slab)
+    return grads.finish()
+
+
+class _Gradients:
+    """Gradients in the making: of x summed over the whole vocabulary, of the head slab by slab."""
+
+    def __init__(self, p: Problem, t: _Targets, needs: Needs) -> None:
+        self.p, self.t, self.needs = p, t, needs
+        self.x = torch.zeros_like(t.x) if needs.hidden else None
+        self.lora_x = torch.zeros_like(t.lora_x) if t.lora_x is not None and (needs.hidden or needs.lora) else None
+        self.weight = torch.empty_like(p.weight) if needs.weight else None
+        self.bias = torch.empty_like(p.bias) if p.bias is not None and needs.bias else None
+        self.lora_b = torch.empty_like(p.lora_b) if p.lora_b is not None and needs.lora else None
+
+    def open(self, slab: _Slab) -> None:
+        """Start the head's sums for a slab: in place where the gradient is wide, else in a buffer rounded once."""
+        wanted = [None if g is None else g[slab.columns] for g in (self.weight, self.bias, self.lora_b)]
+        self.slab_sums = [None if g is None else g.to(self.t.x.dtype).zero_() for g in wanted]
+
+    def add(self, tile: Tensor, block: slice, slab: _Slab) -> None:
+        """Take in dlogits `[rows of block, columns of slab]`."""
+        weight, bias, lora_b = self.slab_sums
+        if self.x is not None:
+            self.x[block].addmm_(tile, slab.weight)
+        if self.lora_x is not None and slab.lora_b is not None:
+            self.lora_x[block].addmm_(tile, slab.lora_b)
+        if weight is not None:
+            weight.addmm_(tile.T, self.t.x[block])
+        if bias is not None:
+            bias.add_(tile.sum(0))
+        if lora_b is not None and self.t.lora_x is not None:
+            lora_b.addmm_(tile.T, self.t.lora_x[block])
+
+    def close(self, slab: _Slab) -> None:
+        """Round the slab's sums into the gradients that are not wide."""
+        for grad, total in zip((self.weight, self.bias, self.lora_b), self.slab_sums, strict=True):
+            if grad is not None and total is not None and grad.dtype != total.dtype:
+                grad[slab.columns].copy_(total)
+
+    def finish(self) -> Grads:
+        """Undo the gathering of rows, and lead the gradient of the LoRA's inner product to A and x."""
+        p, t = self.p, self.t
+        lora_a = None
+        if self.lora_x is not None and p.lora_a is not None:
+            self.lora_x *= p.lora_scaling
+            if self.needs.lora:
+                lora_a = (self.lora_x.T @ t.x).to(p.lora_a.dtype)
+            if self.x is not None:
+                self.x.addmm_(self.lora_x, p.lora_a.to(t.x.dtype))
+        hidden = self.x
+        if hidden is not None and t.rows is not None:
+            hidden = torch.zeros_like(p.hidden, dtype=t.x.dtype).index_add_(0, t.rows, hidden)
+        hidden = None if hidden is None else hidden.to(p.hidden.dtype)
+        return Grads(hidden, self.weight, self.bias, lora_a, self.lora_b)
+
+
+def _select(p: Problem, wanted: Tensor) -> _Targets:
+    kept = None if bool(wanted.all()) else wanted.nonzero().squeeze(-1)
+    rows, y = p.rows, p.targets
+    if kept is not None:
+        rows, y = kept if rows is None else rows[kept], y[kept]
+    wide = torch.promote_types(p.hidden.dtype, torch.float32)
+    x = (p.hidden if rows is None else p.hidden[rows]).to(wide)
+    lora_x = None if p.lora_a is None else (x @ p.lora_a.to(wide).T).mul_(p.lora_scaling)
+    return _Targets(kept, rows, y, x, lora_x)
+
+
+def _slabs(p: Problem, wide: torch.dtype) -> Iterator[_Slab]:
+    for start in range(0, len(p.weight), COLUMNS):
+        columns = slice(start, min(start + COLUMNS, len(p.weight)))
+        lora_b, bias = (None if g is None else g[columns].to(wide) for g in (p.lora_b, p.bias))
+        yield _Slab(columns, p.weight[columns].to(wide), lora_b, bias)
+
+
+def _blocks(p: Problem, t: _Targets) -> Iterator[slice]:
+    height = _height(p, t)
+    for start in range(0, len(t.y), height):
+        yield slice(start, min(start + height, len(t.y)))
+
+
+def _height(p: Problem, t: _Targets) -> int:
+    """Rows of a tile: ROWS, or fewer where the memory budget is small."""
+    return max(1, min(ROWS, p.memory_budget // (min(COLUMNS, len(p.weight)) * t.x.itemsize)))
+
+
+def _buffer(p: Problem, t: _Targets) -> Tensor:
+    """Room for one tile; every tile is a contiguous view of its start."""
+    return t.x.new_empty(min(_height(p, t), len(t.y)) * min(COLUMNS, len(p.weight)))
+
+
+def _view(buffer: Tensor, block: slice, slab: _Slab) -> Tensor:
+    shape = (block.stop - block.start, slab.columns.stop - slab.columns.start)
+    return buffer[: shape[0] * shape[1]].view(shape)
+
+
+def _make_logits(tile: Tensor, t: _Targets, block: slice, slab: _Slab) -> None:
+    torch.mm(t.x[block], slab.weight.T, out=tile)
+    if slab.lora_b is not None and t.lora_x is not None:
+        tile.addmm_(t.lora_x[block], slab.lora_b.T)
+
+
+def _fold(tile: Tensor, p: Problem, y: Tensor, slab: _Slab, state: Tensor, unit: Tensor | None) -> None:
+    m, top, s, t, z_target = state
+    _C.logprob_fold(
+        tile.itemsize,
+        tile.data_ptr(),
+        tile.stride(0),
+        *tile.shape,
+        slab.columns.start,
+        y.data_ptr(),
+        _address(slab.bias),
+        *_transform(p),
+        m.data_ptr(),
+        top.data_ptr(),
+        s.data_ptr(),
+        t.data_ptr() if p.need_entropy else 0,
+        z_target.data_ptr(),
+        _address(unit),
+        p.hidden.shape[-1],
+    )
+
+
+def _make_gradient(
+    source: Tensor, tile: Tensor, p: Problem, y: Tensor, slab: _Slab, finished: bool, per_row: list[Tensor | None]
+) -> None:
+    """Gradient of the logits in `source` (raw, or finished z) into `tile`."""
+    logprob, entropy, lse, grad_logprob, grad_entropy, grad_lse = map(_address, per_row)
+    _C.logprob_grad(
+        tile.itemsize,
+        source.data_ptr(),
+        source.stride(0),
+        tile.data_ptr(),
+        tile.stride(0),
+        *tile.shape,
+        slab.columns.start,
+        y.data_ptr(),
+        _address(slab.bias),
+        *_transform(p),
+        finished,
+        logprob,
+        entropy,
+        lse,
+        grad_logprob,
+        grad_entropy,
+        grad_lse,
+    )
+
+
+def _transform(p: Problem) -> tuple[float, float, float]:
+    return p.logit_scale, p.softcap or 0.0, 1.0 / p.temperature
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _finish(p: Problem, t: _Targets, state: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Add the target to the statistics of the others (posttrain/ops/logprob.py has the formulas)."""
+    m, top, s, weighted, z = state
+    others = m + s.log()
+    logprob = -F.softplus(others - z)
+    lse = torch.logaddexp(others, z)
+    entropy = t.x.new_empty(0)
+    if p.need_entropy:
+        share = torch.sigmoid(others - z)
+        inner = torch.where(s > 0, s.log() - weighted / s, 0.0)
+        entropy = _spread(-torch.xlogy(share, share) - logprob.exp() * logprob + share * inner, p, t, entropy)
+    return _spread(logprob, p, t, t.x), entropy, _spread(lse, p, t, t.x), _spread(z >= top, p, t, t.x)
+
+
+def _finish_unit(unit: Tensor, p: Problem, t: _Targets, state: Tensor) -> None:
+    """From E = sum over v != y of e^(z-m) W_v to d logprob / dx, in place."""
+    m, _, s, _, z = state
+    factor = torch.sigmoid(m + s.log() - z) * (p.logit_scale / p.temperature)
+    unit.mul_(torch.where(s > 0, -factor / s, 0.0).unsqueeze(-1))
+    if p.softcap is not None:
+        factor = factor * (1 - (z * p.temperature / p.softcap) ** 2)
+    for block in _blocks(p, t):
+        rows_of_head = p.weight[t.y[block]].to(unit.dtype)
+        unit[block].addcmul_(rows_of_head, factor[block].unsqueeze(-1))
+
+
+def _spread(x: Tensor | None, p: Problem, t: _Targets, like: Tensor) -> Tensor:
+    """Per-target values `[m, ...]` back to all M, zero where a target is skipped; empty for None."""
+    if x is None:
+        return like.new_empty(0)
+    if t.kept is None:
+        return x
+    return x.new_zeros(len(p.targets), *x.shape[1:]).index_copy_(0, t.kept, x)
+
+
+def _pick(x: Tensor, t: _Targets) -> Tensor:
+    x = x if t.kept is None else x[t.kept]
+    return x.to(t.x.dtype).contiguous()
