@@ -9,6 +9,7 @@ with `visible_until[k]` the end of the subtree of k's segment.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -46,6 +47,13 @@ class PackedLayout:
     def num_tokens(self) -> int:
         """T."""
         return self.segment_starts[-1]
+
+    @cached_property
+    def independent(self) -> bool:
+        """Whether every segment is a sequence of its own, seeing only itself. The first look synchronises a GPU."""
+        ends = torch.tensor(self.segment_starts[1:], dtype=torch.int32)
+        lengths = ends.diff(prepend=ends.new_zeros(1))
+        return torch.equal(self.visible_until.cpu(), ends.repeat_interleave(lengths))
 
     def to(self, device: torch.device | str) -> "PackedLayout":
         """The same layout with its tensors on `device`."""
