@@ -53,12 +53,14 @@ def packed_attention(
         return reference.packed_attention(q, k, v, layout, scale=scale, window=window, softcap=softcap)
     starts = layout.segment_starts
     lengths = [end - start for start, end in pairwise(starts) if end > start]
-    heads_first = (x.transpose(0, 1).split(lengths, 1) for x in (q, k, v))
-    outputs = [_segment(*segment, scale, window, softcap) for segment in zip(*heads_first, strict=True)]
+    segments = zip(*(x.transpose(0, 1).split(lengths, 1) for x in (q, k, v)), strict=True)
+    outputs = [_segment(*qkv, scale=scale, window=window, softcap=softcap) for qkv in segments]
     return torch.cat(outputs)
 
 
-def _segment(q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int | None, softcap: float | None) -> Tensor:
+def _segment(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, window: int | None, softcap: float | None
+) -> Tensor:
     """One sequence of L tokens: q, k, v `[heads, L, D]`; result `[L, Hq, Dv]`."""
     length = q.shape[1]
     if softcap is not None:

@@ -1,0 +1,21 @@
+"""Hugging Face causal LMs with our ops in them."""
+
+from posttrain.models.adapters import add_lora, load_adapter
+from posttrain.models.forward import hidden_states, token_logprobs
+from posttrain.models.head import Head, head
+from posttrain.models.load import load
+from posttrain.models.prepare import ModelError, Report, prepare, restore
+
+__all__ = [
+    "Head",
+    "ModelError",
+    "Report",
+    "add_lora",
+    "head",
+    "hidden_states",
+    "load",
+    "load_adapter",
+    "prepare",
+    "restore",
+    "token_logprobs",
+]

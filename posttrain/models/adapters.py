@@ -1,0 +1,50 @@
+"""LoRA through PEFT, in PEFT's file format.
+
+y = W x + (alpha / r) B A x, with only A and B trained (Hu et al., "LoRA", 2021). The frozen model with the adapter
+switched off (`with model.disable_adapter():`) is the reference policy.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+def add_lora(
+    model: Any,
+    r: int = 16,
+    alpha: int = 32,
+    target_modules: str | Sequence[str] = "all-linear",
+    dropout: float = 0.0,
+) -> "PeftModel":
+    """Freeze `model` and put a LoRA adapter into it.
+
+    Args:
+        model: a transformers model, prepared or not.
+        r: rank.
+        alpha: the adapter is scaled by alpha / r.
+        target_modules: names of the layers that get one, or "all-linear" for all but the language head.
+        dropout: on the adapters' inputs, in training.
+
+    Raises:
+        ValueError: a rank below 1, or names that match no layer.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    targets = target_modules if isinstance(target_modules, str) else list(target_modules)
+    config = LoraConfig(r=r, lora_alpha=alpha, target_modules=targets, lora_dropout=dropout, task_type="CAUSAL_LM")
+    return get_peft_model(model, config)
+
+
+def load_adapter(model: Any, folder: str | Path, *, trainable: bool = True) -> "PeftModel":
+    """Put the adapter saved in `folder` (by PEFT's `save_pretrained`) into `model`."""
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+
+
+def is_adapter(folder: str | Path) -> bool:
+    """Whether `folder` holds an adapter rather than a whole model."""
+    return (Path(folder) / "adapter_config.json").is_file() and not (Path(folder) / "config.json").is_file()

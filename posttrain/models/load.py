@@ -1,0 +1,85 @@
+"""Load a causal LM and its tokenizer, prepared."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from posttrain.models.adapters import is_adapter, load_adapter
+from posttrain.models.prepare import ModelError, prepare
+
+
+def load(
+    path_or_id: str | os.PathLike[str],
+    *,
+    dtype: str | torch.dtype = "float32",
+    device: str | torch.device | None = None,
+    attn_implementation: str = "posttrain",
+    trust_remote_code: bool = False,
+) -> tuple[Any, Any]:
+    """(model, tokenizer) from a folder or a model hub, with our ops put in by `prepare`.
+
+    Args:
+        path_or_id: a folder with a model, a folder with a PEFT adapter (which names its model), or a hub id.
+        dtype: of the weights, a torch dtype or its name; "auto" keeps that of the checkpoint.
+        device: where the model goes; the first GPU by default, or the CPU if there is none.
+        attn_implementation: "posttrain", or one of transformers', which `hidden_states` runs padded.
+        trust_remote_code: whether code that comes with the model may run.
+
+    Raises:
+        ModelError: what is wrong with the folder, the id or the checkpoint, in one line.
+    """
+    path = os.fspath(path_or_id)
+    _check(path)
+    if is_adapter(path):
+        base = json.loads((Path(path) / "adapter_config.json").read_text())["base_model_name_or_path"]
+        _check(base)
+    else:
+        base = path
+    kind = _dtype(dtype)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    own = {} if attn_implementation == "posttrain" else {"attn_implementation": attn_implementation}
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            base, dtype=kind, trust_remote_code=trust_remote_code, use_safetensors=True, output_loading_info=True, **own
+        )
+        tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as problem:
+        raise ModelError(f"can't load {base}: {_first_line(problem)}") from problem
+    model, info = loaded
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise ModelError(f"can't load {base}: the checkpoint lacks {len(missing)} weights, {missing[0]} among them")
+    if is_adapter(path):
+        model = load_adapter(model, path)
+    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    prepare(model, attention=attn_implementation == "posttrain")
+    return model, tokenizer
+
+
+def _check(path: str) -> None:
+    """Raise if `path` is a folder without a model, or is meant as a folder and isn't there."""
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file() and not is_adapter(folder):
+            raise ModelError(f"no model in {path}: the folder has no config.json")
+    elif folder.exists():
+        raise ModelError(f"{path} is a file; a model is a folder or a hub id")
+    elif folder.is_absolute() or path.startswith((".", "~")) or path.count("/") > 1:
+        raise ModelError(f"no such folder: {path}")
+
+
+def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
+    if isinstance(dtype, torch.dtype) or dtype == "auto":
+        return dtype
+    found = getattr(torch, dtype, None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ModelError(f"dtype must be 'auto' or a floating dtype of torch such as 'bfloat16', got {dtype!r}")
+    return found
+
+
+def _first_line(problem: Exception) -> str:
+    return str(problem).strip().splitlines()[0] if str(problem).strip() else type(problem).__name__

@@ -1,0 +1,162 @@
+"""Put our ops into a Hugging Face causal LM, in place, and take them out again.
+
+Every replaced module gets a class of its own: a subclass of the class it has, with the forward of families.py mixed
+in and the same name. Parameters, buffers, hooks, state-dict keys and saved checkpoints stay as they are, other models
+in the process are untouched, and `restore` only has to give the old class back. A subclass, and not a forward bound
+to the instance, because transformers wraps a layer's forward for activation checkpointing when the class is made.
+"""
+
+import inspect
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+from torch import nn
+
+from posttrain.models.families import ACTIVATIONS, FAMILIES, Fused, RotaryAttention, with_rope
+from posttrain.models.packing import obstacle_to_packing
+
+
+class ModelError(ValueError):
+    """A model that can't be loaded, prepared or run; the message is one line for the user."""
+
+
+@dataclass
+class Report:
+    """What `prepare` did.
+
+    Attributes:
+        architecture: class of the model.
+        replaced: how many modules of each kind use our ops.
+        kept: what was not replaced, and why.
+    """
+
+    architecture: str
+    replaced: dict[str, int] = field(default_factory=dict)
+    kept: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        replaced = ", ".join(f"{kind} ({count})" for kind, count in sorted(self.replaced.items())) or "nothing"
+        lines = [f"{self.architecture}: replaced {replaced}"]
+        lines += [f"  not replaced: {what}: {why}" for what, why in self.kept.items()]
+        return "\n".join(lines)
+
+
+def causal_lm(model: nn.Module) -> Any:
+    """The transformers model inside `model`, which may be wrapped by PEFT."""
+    from transformers import PreTrainedModel
+
+    inner: Any = getattr(model, "get_base_model", lambda: model)()
+    if not isinstance(inner, PreTrainedModel) or inner.get_output_embeddings() is None:
+        raise ModelError(f"{type(inner).__name__} is not a causal language model of transformers")
+    return inner
+
+
+def prepare(model: nn.Module, *, attention: bool = True) -> Report:
+    """Replace norms, rotary embeddings, MLPs and attention of `model`, in place, by our ops.
+
+    Hidden states, gradients and checkpoints stay the same. An architecture outside `FAMILIES` keeps its modules; its
+    attention is replaced if a trial shows that packed sequences then give what they give alone. Doing it twice
+    changes nothing. Adapters may be added before or after.
+
+    Args:
+        model: a causal LM of transformers, or one wrapped by PEFT.
+        attention: False leaves the attention as it is; `hidden_states` then pads.
+    """
+    causal = causal_lm(model)
+    report = Report(type(causal).__name__)
+    for module in causal.modules():
+        _replace(module, causal.config, report)
+    if not any(_family(module) for module in causal.modules()):
+        report.kept["modules"] = f"{report.architecture} is not one of {', '.join(FAMILIES)}"
+    counts = Counter(module.kind for module in causal.modules() if isinstance(module, Fused))
+    report.replaced = dict(counts)
+    if attention:
+        _replace_attention(causal, report)
+    else:
+        report.kept["attention"] = "not asked for"
+    return report
+
+
+def restore(model: nn.Module) -> None:
+    """Undo `prepare`: every module gets its own class back, and the model the attention it had."""
+    causal = causal_lm(model)
+    for module in causal.modules():
+        if isinstance(module, Fused):
+            module.__class__ = _original(type(module))
+    before = causal.__dict__.pop("_attention_before_posttrain", None)
+    if before is not None:
+        causal.set_attn_implementation(before)
+
+
+def _replace(module: Any, config: Any, report: Report) -> None:
+    """Give `module` its replacement's class, or note in the report why not."""
+    name = _family(module)
+    if name is None or isinstance(module, Fused):
+        return
+    family: Any = FAMILIES[name]
+    original: Any = type(module)
+    if original.__name__.endswith("RMSNorm"):
+        module.__class__ = _fused(original, family.norm)
+    elif original.__name__.endswith("MLP"):
+        activation = getattr(config, "hidden_activation", None) or config.hidden_act
+        if activation in ACTIVATIONS:
+            module.__class__ = _fused(original, family.mlp, activation)
+        else:
+            report.kept["mlp"] = f"there is no op for the activation {activation!r}"
+    elif original.__name__.endswith("Attention"):
+        if "apply_rotary_pos_emb" in _plain_forward(original).__code__.co_names:
+            module.__class__ = _fused(original, RotaryAttention)
+        else:
+            report.kept["rope"] = f"{original.__name__}.forward doesn't call apply_rotary_pos_emb"
+    elif original.__name__.endswith("DecoderLayer"):
+        if family.layer is None:
+            report.kept["residual + norm"] = f"{name} norms before it adds the residual"
+        else:
+            module.__class__ = _fused(original, family.layer)
+
+
+def _family(module: nn.Module) -> str | None:
+    """The family whose modelling file defines the class of `module`."""
+    cls = _original(type(module))
+    parts = cls.__module__.split(".")
+    if parts[:2] == ["transformers", "models"] and parts[2] in FAMILIES and parts[3] == f"modeling_{parts[2]}":
+        return parts[2]
+    return None
+
+
+@cache
+def _fused(original: Any, replacement: Any, activation: str | None = None) -> type:
+    """A subclass of `original` with the forward of `replacement`."""
+    body: dict[str, Any] = {"__module__": original.__module__, "__doc__": original.__doc__}
+    if activation is not None:
+        body["kind"], op = ACTIVATIONS[activation]
+        body["gated"] = staticmethod(op)
+    if replacement is RotaryAttention:
+        body["forward"] = with_rope(_plain_forward(original))
+    return type(original.__name__, (replacement, original), body)
+
+
+def _original(cls: type) -> type:
+    return cls.__bases__[1] if issubclass(cls, Fused) else cls
+
+
+def _plain_forward(cls: type) -> Any:
+    return inspect.unwrap(cls.__dict__["forward"])
+
+
+def _replace_attention(causal: Any, report: Report) -> None:
+    from posttrain.models.attention import NAME
+
+    before = causal.config._attn_implementation
+    known = any(_family(module) for module in causal.modules())
+    if before != NAME:
+        causal.set_attn_implementation(NAME)
+    obstacle = None if known else obstacle_to_packing(causal)
+    if obstacle is None:
+        causal._attention_before_posttrain = before
+        report.replaced["attention"] = causal.config.get_text_config().num_hidden_layers
+    else:
+        causal.set_attn_implementation(before)
+        report.kept["attention"] = obstacle
