@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.data.rows import BadRows, DataError, Row, Rows
-from posttrain.data.values import is_unicode, kind
+from posttrain.data.values import first_line, is_unicode, kind
 
 
 def load_rows(source: Any, split: str = "train", *, skip_bad_rows: bool = False) -> Rows:
@@ -80,7 +80,7 @@ def _read_jsonl(path: Path, bad: BadRows) -> tuple[list[Row], list[int]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line.rstrip())
         except json.JSONDecodeError as error:
             bad.add(f"{path}, line {number}", f"broken JSON: {error.msg}, at character {error.colno}")
             continue
@@ -150,7 +150,7 @@ def _read_parquet(path: Path, bad: BadRows) -> tuple[list[Row], None]:
     try:
         return pyarrow.parquet.read_table(path).to_pylist(), None
     except pyarrow.ArrowException as error:
-        raise DataError(f"{path}: broken Parquet: {_first_line(error)}") from error
+        raise DataError(f"{path}: broken Parquet: {first_line(error)}") from error
 
 
 _READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
@@ -163,7 +163,7 @@ def _from_datasets(source: str, split: str) -> Rows:
     try:
         dataset = datasets.load_dataset(source, split=split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(f"{name}: {_first_line(error)}") from error
+        raise DataError(f"{name}: {first_line(error)}") from error
     if not len(dataset):
         raise DataError(f"{name}: no rows")
     return Rows(name, dataset)
@@ -179,7 +179,3 @@ def _missing(path: Path) -> str:
         return f"{path}: no such file; the folder {path.parent} does not exist"
     near = get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()], n=1)
     return f"{path}: no such file" + (f"; did you mean {path.parent / near[0]}?" if near else "")
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__

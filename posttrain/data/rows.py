@@ -58,8 +58,8 @@ class BadRows:
     def report(self, kept: int) -> None:
         """Log what was skipped. Raises `DataError` if no row was kept."""
         if not kept:
-            first = f"; the first: {self._found[0]}" if self._found else ""
-            raise DataError(f"{self._name}: no usable rows, {len(self._found)} bad ones{first}")
+            bad = f"all {len(self._found)} rows are bad; the first: {self._found[0]}" if self._found else "no rows"
+            raise DataError(f"{self._name}: {bad}")
         if self._found:
             listed = "".join(f"\n  {found}" for found in self._found[:_LISTED])
             more = f"\n  and {len(self._found) - _LISTED} more" if len(self._found) > _LISTED else ""

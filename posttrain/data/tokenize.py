@@ -27,6 +27,7 @@ from posttrain.data.example import Example
 from posttrain.data.formats import Format, detect_sft, problem
 from posttrain.data.load import load_rows
 from posttrain.data.rows import BadRows, DataError, Row
+from posttrain.data.values import first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -159,7 +160,7 @@ class _Encoder:
             except DataError as error:
                 bad.add(where, str(error))
             except (TemplateError, TypeError, ValueError) as error:
-                bad.add(where, f"the chat template rejects it: {error}")
+                bad.add(where, f"the chat template rejects it: {first_line(error)}")
             else:
                 yield where, encoded
 

@@ -1,4 +1,4 @@
-"""What a value read from a file is, for error messages."""
+"""Values and errors in words, for messages of one line."""
 
 from typing import Any
 
@@ -19,3 +19,8 @@ def is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its kind if it has none."""
+    return str(error).strip().split("\n")[0] or type(error).__name__

@@ -69,7 +69,7 @@ def test_pack_equals_the_definition(problem):
     bins = pack_best_fit(lengths, capacity)
     assert bins == best_fit(lengths, capacity)
     assert sorted(i for members in bins for i in members) == list(range(len(lengths)))
-    assert all(0 < len(members) and sum(lengths[i] for i in members) <= capacity for members in bins)
+    assert all(len(members) > 0 and sum(lengths[i] for i in members) <= capacity for members in bins)
     assert len(bins) >= -(-sum(lengths) // capacity)
     assert 9 * len(bins) <= 11 * first_fit(lengths, capacity) + 9
 
