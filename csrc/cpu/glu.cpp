@@ -40,7 +40,7 @@ inline Vec<double> normal_tail(Vec<double> a, Vec<double>) {
   return tail;
 }
 
-// Each activation gives act(x) = x * gate(x), and act'(x).
+// Each activation gives act(x) and act'(x).
 template <class T>
 struct Silu {
   Vec<T> s, x;
@@ -61,14 +61,18 @@ struct Gelu {
   Vec<T> slope() const { return phi + T(0.39894228040143267794) * x * bell; }
 };
 
-// gelu(x) ~ x (1 + tanh z) / 2 = x sigmoid(2z) with 2z = c (x + 0.044715 x^3).
+// gelu(x) ~ x (1 + tanh(z / 2)) / 2 = x sigmoid(z) with z = c (x + 0.044715 x^3). The slope needs sigmoid(-z) = e s
+// without cancellation, since z' grows; so e = exp(-z) must stay finite.
 template <class T>
 struct GeluTanh {
   static constexpr T c = T(1.59576912160573071176);  // 2 sqrt(2 / pi)
-  Vec<T> s, x;
-  explicit GeluTanh(Vec<T> x) : s(sigmoid<T>(c * (x + T(0.044715) * x * x * x))), x(x) {}
+  Vec<T> e, s, x;
+  explicit GeluTanh(Vec<T> x) : x(x) {
+    e = exp(-max<T>(c * (x + T(0.044715) * x * x * x), splat(T(-88))));
+    s = T(1) / (T(1) + e);
+  }
   Vec<T> value() const { return x * s; }
-  Vec<T> slope() const { return s + s * (T(1) - s) * c * (x + T(0.134145) * x * x * x); }
+  Vec<T> slope() const { return s + e * s * s * c * (x + T(0.134145) * x * x * x); }
 };
 
 // The rows of one call, cut into pieces; rows that follow each other directly count as one long row.

@@ -27,13 +27,6 @@ SHARED_MEMORY = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120
 _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
-def kernels():
-    """(module, what its ahead_of_time() yields) for every kernel."""
-    for module in pkgutil.iter_modules(posttrain.kernels.__path__):
-        for entry in import_module(f"posttrain.kernels.{module.name}").ahead_of_time():
-            yield module.name, entry
-
-
 def report(capability: int, entry) -> dict[str, int | str]:
     """Shared memory, registers, stack and local memory (both are spills) of one kernel."""
     name, function, signature, constexprs, options = entry
@@ -64,9 +57,9 @@ def _resources(cubin: bytes) -> dict[str, int]:
 
 
 def main(modules: list[str]) -> None:
-    """Print one JSON object per kernel and architecture; with arguments, of these modules only."""
-    for module, entry in kernels():
-        if not modules or module in modules:
+    """Print one JSON object per kernel and architecture of these modules of posttrain.kernels, or of all."""
+    for module in modules or [found.name for found in pkgutil.iter_modules(posttrain.kernels.__path__)]:
+        for entry in import_module(f"posttrain.kernels.{module}").ahead_of_time():
             for capability in SHARED_MEMORY:
                 print(json.dumps({"module": module, **report(capability, entry)}), flush=True)
 
