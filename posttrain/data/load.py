@@ -163,6 +163,8 @@ def _from_datasets(source: str, split: str) -> Rows:
     try:
         dataset = datasets.load_dataset(source, split=split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        if not Path(source).exists():
+            name = f"{name} is no file here, and as a hub id"
         raise DataError(f"{name}: {first_line(error)}") from error
     if not len(dataset):
         raise DataError(f"{name}: no rows")

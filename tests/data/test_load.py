@@ -94,8 +94,8 @@ def test_an_unreachable_hub_id_is_one_line(monkeypatch):
         raise ConnectionError("could not reach the hub\nlong\nstory")
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
-    with pytest.raises(DataError, match=r"^somebody/something \(train\): could not reach the hub$"):
-        load_rows("somebody/something")
+    with pytest.raises(DataError, match=r"^a/b \(train\) is no file here, and as a hub id: could not reach the hub$"):
+        load_rows("a/b")
 
 
 @pytest.mark.parametrize("source", [{"text": ["x"]}, 5, iter(ROWS)])
