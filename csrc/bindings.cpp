@@ -86,12 +86,13 @@ void logprob_fold(int itemsize, address tile, int64_t stride, int64_t rows, int6
 void logprob_grad(int itemsize, address tile, int64_t tile_stride, address grad, int64_t grad_stride, int64_t rows,
                   int64_t cols, int64_t first_column, address targets, address bias, double scale, double softcap,
                   double inverse_temperature, bool finished, address logprob, address entropy, address lse,
-                  address grad_logprob, address grad_entropy, address grad_lse) {
+                  address lse_low, address grad_logprob, address grad_entropy, address grad_lse) {
   by_size(itemsize, [=](auto t_) {
     using T = decltype(t_);
     POSTTRAIN_CALL(logprob_grad<T>, at<T>(tile), tile_stride, at<T>(grad), grad_stride, rows, cols, first_column,
                    at<int64_t>(targets), at<T>(bias), {scale, softcap, inverse_temperature}, finished, at<T>(logprob),
-                   at<T>(entropy), at<T>(lse), at<T>(grad_logprob), at<T>(grad_entropy), at<T>(grad_lse));
+                   at<T>(entropy), at<T>(lse), at<T>(lse_low), at<T>(grad_logprob), at<T>(grad_entropy),
+                   at<T>(grad_lse));
   });
 }
 

@@ -51,11 +51,12 @@ void logprob_fold(T* tile, int64_t stride, int64_t rows, int64_t cols, int64_t f
                   int64_t width);
 
 // Gradient of a tile of raw logits (or of finished z, if `finished`), written to `grad` (which may be the tile).
-// entropy and the three incoming gradients are per row; entropy, grad_lse and grad_entropy may be null.
+// Log-sum-exp is lse + lse_low, so that p keeps its digits at large logits. entropy and the three incoming gradients
+// are per row; entropy and the gradients may be null.
 template <class T>
 void logprob_grad(const T* tile, int64_t tile_stride, T* grad, int64_t grad_stride, int64_t rows, int64_t cols,
                   int64_t first_column, const int64_t* targets, const T* bias, LogitTransform transform, bool finished,
-                  const T* logprob, const T* entropy, const T* lse, const T* grad_logprob, const T* grad_entropy,
-                  const T* grad_lse);
+                  const T* logprob, const T* entropy, const T* lse, const T* lse_low, const T* grad_logprob,
+                  const T* grad_entropy, const T* grad_lse);
 
 }  // namespace posttrain::POSTTRAIN_ISA

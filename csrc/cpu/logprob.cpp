@@ -138,12 +138,12 @@ namespace {
 
 // dz = p (pull - grad_entropy (log p + entropy)) for a row without its target; pull = grad_lse - grad_logprob.
 template <class T, bool kEntropy>
-void grad_row(const T* z_row, T* grad, int64_t cols, const LogitTransform& f, T lse, T pull, T entropy,
+void grad_row(const T* z_row, T* grad, int64_t cols, const LogitTransform& f, T lse, T lse_low, T pull, T entropy,
               T grad_entropy) {
   const T factor = T(f.scale * f.inverse_temperature);
   over_row<T>(cols, [&](int64_t j, int lanes) {
     const Vec<T> z = get(z_row + j, lanes, T(-kInfinity));
-    const Vec<T> log_p = z - lse;
+    const Vec<T> log_p = (z - lse) - lse_low;
     const Vec<T> p = exp_or_zero<T>(log_p);
     Vec<T> g = p * (pull * factor);
     if (kEntropy) g -= p > T(0) ? p * (log_p + entropy) * (grad_entropy * factor) : splat(T(0));
@@ -156,8 +156,8 @@ void grad_row(const T* z_row, T* grad, int64_t cols, const LogitTransform& f, T 
 template <class T>
 void logprob_grad(const T* tile, int64_t tile_stride, T* grad, int64_t grad_stride, int64_t rows, int64_t cols,
                   int64_t first_column, const int64_t* targets, const T* bias, LogitTransform f, bool finished,
-                  const T* logprob, const T* entropy, const T* lse, const T* grad_logprob, const T* grad_entropy,
-                  const T* grad_lse) {
+                  const T* logprob, const T* entropy, const T* lse, const T* lse_low, const T* grad_logprob,
+                  const T* grad_entropy, const T* grad_lse) {
 #pragma omp parallel for schedule(static) if (rows * cols > 4096)
   for (int64_t i = 0; i < rows; ++i) {
     const T* z = tile + i * tile_stride;
@@ -182,9 +182,9 @@ void logprob_grad(const T* tile, int64_t tile_stride, T* grad, int64_t grad_stri
       at_target = T(dz * f.scale * f.inverse_temperature * (1 - th * th));
     }
     if (grad_entropy)
-      grad_row<T, true>(z, out, cols, f, lse[i], g_lse - g, h, g_entropy);
+      grad_row<T, true>(z, out, cols, f, lse[i], lse_low[i], g_lse - g, h, g_entropy);
     else
-      grad_row<T, false>(z, out, cols, f, lse[i], g_lse - g, h, g_entropy);
+      grad_row<T, false>(z, out, cols, f, lse[i], lse_low[i], g_lse - g, h, g_entropy);
     if (y >= 0 && y < cols) out[y] = at_target;
   }
 }
@@ -193,7 +193,8 @@ void logprob_grad(const T* tile, int64_t tile_stride, T* grad, int64_t grad_stri
   template void logprob_fold<T>(T*, int64_t, int64_t, int64_t, int64_t, const int64_t*, const T*, LogitTransform, T*, \
                                 T*, T*, T*, T*, T*, int64_t);                                                      \
   template void logprob_grad<T>(const T*, int64_t, T*, int64_t, int64_t, int64_t, int64_t, const int64_t*, const T*,  \
-                                LogitTransform, bool, const T*, const T*, const T*, const T*, const T*, const T*);
+                                LogitTransform, bool, const T*, const T*, const T*, const T*, const T*, const T*,   \
+                                const T*);
 INSTANTIATE(float)
 INSTANTIATE(double)
 

@@ -111,7 +111,7 @@ def linear_logprob(
     save = _what_to_save(hidden, head, len(targets), memory_budget, lora is not None, backend)
     scalars = (float(scaling), float(temperature), softcap, float(logit_scale), need_entropy, memory_budget)
     tensors = (hidden, weight, targets, rows, bias, lora_a, lora_b)
-    logprob, entropy, lse, is_top1, _ = _linear_logprob(*tensors, *scalars, save, backend)
+    logprob, entropy, lse, _, is_top1, _ = _linear_logprob(*tensors, *scalars, save, backend)
     return TokenLogprobs(logprob, entropy if need_entropy else None, lse, is_top1)
 
 
@@ -127,13 +127,15 @@ def _what_to_save(
     return "none" if head_trains or has_lora else "unit"
 
 
-def _forward(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _forward(*arguments) -> tuple[Tensor, ...]:
+    """(logprob, entropy, lse, what rounding took from lse, is_top1, saved)."""
     *fields, save, backend = arguments
     p = Problem(*fields)
     if backend == "triton":
         from posttrain.kernels.logprob import logprob_forward
 
-        return logprob_forward(p, save)
+        logprob, entropy, lse, is_top1, saved = logprob_forward(p, save)
+        return logprob, entropy, lse, torch.zeros_like(lse), is_top1, saved
     return logprob_tiled.forward(_contiguous(p), save)
 
 
@@ -148,6 +150,7 @@ def _fake(*arguments):
         per_target,
         torch.empty_like(per_target) if p.need_entropy else per_target.new_empty(0),
         torch.empty_like(per_target),
+        torch.empty_like(per_target),
         torch.empty_like(per_target, dtype=torch.bool),
         p.hidden.new_empty(saved_shape, dtype=wide),
     )
@@ -155,29 +158,29 @@ def _fake(*arguments):
 
 def _setup_context(ctx, inputs, output) -> None:
     *tensors, scaling, temperature, softcap, logit_scale, need_entropy, memory_budget, save, backend = inputs
-    logprob, entropy, lse, is_top1, saved = output
-    ctx.mark_non_differentiable(is_top1, saved)
+    logprob, entropy, lse, lse_low, is_top1, saved = output
+    ctx.mark_non_differentiable(lse_low, is_top1, saved)
     ctx.set_materialize_grads(False)
     ctx.scalars = (scaling, temperature, softcap, logit_scale, need_entropy, memory_budget)
     ctx.save, ctx.backend = save, backend
-    ctx.save_for_backward(*tensors, logprob, entropy, lse, saved)
+    ctx.save_for_backward(*tensors, logprob, entropy, lse, lse_low, saved)
 
 
 def _backward(ctx, grad_logprob, grad_entropy, grad_lse, *_):
-    *tensors, logprob, entropy, lse, saved = ctx.saved_tensors
+    *tensors, logprob, entropy, lse, lse_low, saved = ctx.saved_tensors
     needs_hidden, needs_weight, _, _, needs_bias, needs_a, needs_b = ctx.needs_input_grad[:7]
     nothing = [None] * len(ctx.needs_input_grad)
     if grad_logprob is None and grad_entropy is None and grad_lse is None:
         return tuple(nothing)
     needs = [needs_hidden, needs_weight, needs_bias, needs_a or needs_b]
     incoming = (grad_logprob, grad_entropy, grad_lse)
-    results = (logprob, entropy, lse, saved)
+    results = (logprob, entropy, lse, lse_low, saved)
     grads = _linear_logprob_backward(*incoming, *results, *tensors, *ctx.scalars, needs, ctx.save, ctx.backend)
     hidden, weight, bias, lora_a, lora_b = (g if n else None for g, n in zip(grads, [*needs, needs[3]], strict=True))
     return hidden, weight, None, None, bias, lora_a, lora_b, *nothing[7:]
 
 
-def _gradient(grad_logprob, grad_entropy, grad_lse, logprob, entropy, lse, saved, *arguments):
+def _gradient(grad_logprob, grad_entropy, grad_lse, logprob, entropy, lse, lse_low, saved, *arguments):
     *fields, needs, save, backend = arguments
     p, needs = Problem(*fields), Needs(*needs)
     incoming, results = (grad_logprob, grad_entropy, grad_lse), (logprob, entropy, lse)
@@ -192,7 +195,8 @@ def _gradient(grad_logprob, grad_entropy, grad_lse, logprob, entropy, lse, saved
     p = _contiguous(p)
     if unit_is_enough:
         return _filled(p, Grads(logprob_tiled.unit_backward(p, grad_logprob, saved), None, None, None, None))
-    return _filled(p, logprob_tiled.backward(p, *incoming, *results, saved if save == "logits" else None, needs))
+    logits = saved if save == "logits" else None
+    return _filled(p, logprob_tiled.backward(p, *incoming, *results, lse_low, logits, needs))
 
 
 def _filled(p: Problem, grads: Grads) -> tuple[Tensor, ...]:
@@ -200,7 +204,7 @@ def _filled(p: Problem, grads: Grads) -> tuple[Tensor, ...]:
     return tuple(p.hidden.new_empty(0) if g is None else g for g in grads)
 
 
-def _fake_gradient(grad_logprob, grad_entropy, grad_lse, logprob, entropy, lse, saved, *arguments):
+def _fake_gradient(grad_logprob, grad_entropy, grad_lse, logprob, entropy, lse, lse_low, saved, *arguments):
     *fields, needs, _, _ = arguments
     p, needs = Problem(*fields), Needs(*needs)
     wanted = zip((p.hidden, p.weight, p.bias, p.lora_a, p.lora_b), [*needs, needs.lora], strict=True)
@@ -275,13 +279,13 @@ _PROBLEM = (
 _linear_logprob_backward = define(
     "linear_logprob_backward",
     "(Tensor? grad_logprob, Tensor? grad_entropy, Tensor? grad_lse, Tensor logprob, Tensor entropy, Tensor lse, "
-    f"Tensor saved, {_PROBLEM}, bool[] needs, str save, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"Tensor lse_low, Tensor saved, {_PROBLEM}, bool[] needs, str save, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _gradient,
     _fake_gradient,
 )
 _linear_logprob = define(
     "linear_logprob",
-    f"({_PROBLEM}, str save, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"({_PROBLEM}, str save, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _fake,
     _setup_context,

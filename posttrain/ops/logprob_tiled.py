@@ -43,8 +43,8 @@ class _Slab(NamedTuple):
     bias: Tensor | None  # [c]
 
 
-def forward(p: Problem, save: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(logprob, entropy, lse, is_top1, saved); `saved` is the unit `[M, H]`, the logits `[M, V]` or empty."""
+def forward(p: Problem, save: str) -> tuple[Tensor, ...]:
+    """(logprob, entropy, lse, lse_low, is_top1, saved); `saved` is the unit `[M, H]`, the logits `[M, V]` or empty."""
     t = _select(p, p.targets != IGNORED)
     state = t.x.new_zeros(5, len(t.y))  # m, largest other logit, s, t, the target's logit
     state[:2] = -torch.inf
@@ -82,6 +82,7 @@ def backward(
     logprob: Tensor,
     entropy: Tensor,
     lse: Tensor,
+    lse_low: Tensor,
     logits: Tensor | None,
     needs: Needs,
 ) -> Grads:
@@ -90,9 +91,16 @@ def backward(
     active = torch.stack([g != 0 for g in incoming]).any(0) & (p.targets != IGNORED)
     t = _select(p, active)
     grads = _Gradients(p, t, needs)
-    per_row = [
-        None if g is None else _pick(g, t) for g in (logprob, entropy, lse, grad_logprob, grad_entropy, grad_lse)
-    ]
+    per_target = (
+        logprob,
+        None if grad_entropy is None else entropy,
+        lse,
+        lse_low,
+        grad_logprob,
+        grad_entropy,
+        grad_lse,
+    )
+    per_row = [None if g is None else _pick(g, t) for g in per_target]
     buffer = _buffer(p, t)
     for slab in _slabs(p, t.x.dtype):
         grads.open(slab)
@@ -240,7 +248,7 @@ def _make_gradient(
     source: Tensor, tile: Tensor, p: Problem, y: Tensor, slab: _Slab, finished: bool, per_row: list[Tensor | None]
 ) -> None:
     """Gradient of the logits in `source` (raw, or finished z) into `tile`."""
-    logprob, entropy, lse, grad_logprob, grad_entropy, grad_lse = map(_address, per_row)
+    logprob, entropy, lse, lse_low, grad_logprob, grad_entropy, grad_lse = map(_address, per_row)
     _C.logprob_grad(
         tile.itemsize,
         source.data_ptr(),
@@ -256,6 +264,7 @@ def _make_gradient(
         logprob,
         entropy,
         lse,
+        lse_low,
         grad_logprob,
         grad_entropy,
         grad_lse,
@@ -270,24 +279,28 @@ def _address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
-def _finish(p: Problem, t: _Targets, state: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Add the target to the statistics of the others (posttrain/ops/logprob.py has the formulas)."""
-    m, top, s, weighted, z = state
-    others = m + s.log()
-    logprob = -F.softplus(others - z)
-    lse = torch.logaddexp(others, z)
+def _finish(p: Problem, t: _Targets, state: Tensor) -> tuple[Tensor, ...]:
+    """Add the target to the statistics of the others, in float64 (posttrain/ops/logprob.py has the formulas)."""
+    m, top, s, weighted, z = state.double()
+    gap = (m - z) + s.log()
+    logprob = -F.softplus(gap)
+    lse = z - logprob
+    rounded = lse.to(state.dtype)
     entropy = t.x.new_empty(0)
     if p.need_entropy:
-        share = torch.sigmoid(others - z)
-        inner = torch.where(s > 0, s.log() - weighted / s, 0.0)
-        entropy = _spread(-torch.xlogy(share, share) - logprob.exp() * logprob + share * inner, p, t, entropy)
-    return _spread(logprob, p, t, t.x), entropy, _spread(lse, p, t, t.x), _spread(z >= top, p, t, t.x)
+        q = torch.sigmoid(gap)
+        others = torch.where(s > 0, s.log() - weighted / s, 0.0)
+        entropy = -torch.xlogy(q, q) - logprob.exp() * logprob + q * others
+        entropy = _spread(entropy.to(state.dtype), p, t, t.x)
+    logprob, low = logprob.to(state.dtype), (lse - rounded).to(state.dtype)
+    logprob, lse, low, is_top1 = (_spread(x, p, t, t.x) for x in (logprob, rounded, low, z >= top))
+    return logprob, entropy, lse, low, is_top1
 
 
 def _finish_unit(unit: Tensor, p: Problem, t: _Targets, state: Tensor) -> None:
     """From E = sum over v != y of e^(z-m) W_v to d logprob / dx, in place."""
     m, _, s, _, z = state
-    factor = torch.sigmoid(m + s.log() - z) * (p.logit_scale / p.temperature)
+    factor = torch.sigmoid((m - z) + s.log()) * (p.logit_scale / p.temperature)
     unit.mul_(torch.where(s > 0, -factor / s, 0.0).unsqueeze(-1))
     if p.softcap is not None:
         factor = factor * (1 - (z * p.temperature / p.softcap) ** 2)
