@@ -24,6 +24,17 @@ def publish(request: pytest.FixtureRequest) -> Callable[..., None]:
     return call
 
 
+@pytest.fixture
+def report(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """`report(name, lines, **facts)` records facts as JSON and prints `lines` at the end."""
+
+    def call(name: str, lines: list[str], **facts: object) -> None:
+        path = record(name, {"title": lines[0], **facts})
+        request.config.stash.setdefault(_TABLES, []).append("\n".join([*lines, f"-> {path}"]))
+
+    return call
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Print the tables."""
     for table in config.stash.get(_TABLES, []):

@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# Build for this machine's GPU, run the tests that touch kernels, then the benchmarks; JSON goes to $OUT or
+# bench/results. Uses .venv if there is one, else the python3 on PATH, which must bring torch with CUDA; needs no
+# network. Peers to compare with may lie as wheels in .whl/.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+python=.venv/bin/python
+[ -x "$python" ] || python=python3
+if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+  echo "make gpu: no CUDA GPU here ($("$python" -c 'import torch; print("torch", torch.__version__)'));" \
+    "run it on a machine with one. Kernels are checked without a GPU by make test." >&2
+  exit 2
+fi
+
+export PATH="$PATH:/usr/local/cuda/bin" PYTHONUNBUFFERED=1
+arch=$("$python" -c 'import torch; a, b = torch.cuda.get_device_capability(); print(f"{a}{b}" + ("a" if a >= 9 else ""))')
+"$python" -m pip install --quiet --no-build-isolation --no-deps --no-index --target build/gpu --upgrade . \
+  -Ccmake.define.POSTTRAIN_CUDA=ON -Ccmake.define.CMAKE_CUDA_ARCHITECTURES="$arch"
+if compgen -G '.whl/*.whl' >/dev/null; then
+  "$python" -m pip install --quiet --no-index --no-deps --target build/gpu --upgrade .whl/*.whl
+fi
+
+# The installed package, not the folder beside this script: tests and benchmarks start from elsewhere.
+root=$PWD
+export PYTHONPATH="$root/build/gpu" OUT="${OUT:-$root/bench/results}"
+cd "$root/build"
+"$python" -m pytest -c "$root/pyproject.toml" --rootdir "$root" -p no:cacheprovider \
+  "$root/tests/kernels" "$root/tests/ops" "$root/tests/models" "$root/tests/cuda"
+"$python" -m pytest -c "$root/pyproject.toml" --rootdir "$root" -p no:cacheprovider "$root/bench"
