@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         print(f"posttrain: {str(stop) or 'stopped'}", file=sys.stderr)
         return 130
-    except (ValueError, OSError) as error:
+    except (ConfigError, OSError) as error:
         print(f"posttrain: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 
@@ -77,9 +77,17 @@ def _sft(options: argparse.Namespace) -> int:
     flags = {name: value for name, value in vars(options).items() if name in fields_of(SFTConfig)}
     config = SFTConfig.from_mapping(values | flags, source=options.config or "flags")
 
+    from transformers.utils.logging import disable_progress_bar
+
+    from posttrain.data.rows import DataError
+    from posttrain.models import ModelError
     from posttrain.train.sft import SFTTrainer
 
-    result = SFTTrainer(args=config).train()
+    disable_progress_bar()  # ours shows the training; the others are of loading and saving files
+    try:
+        result = SFTTrainer(args=config).train()
+    except (DataError, ModelError) as error:
+        raise ConfigError(str(error)) from error
     print(f"{result.global_step} steps, loss {result.loss:.4f}; checkpoint in {result.checkpoint}")
     return 0
 

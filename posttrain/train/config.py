@@ -74,7 +74,7 @@ class TrainConfig:
     disable_tqdm: bool = option(False, "no progress bar, only lines")
     trust_remote_code: bool = option(False, "run Python code that comes with the model")
     lora_r: int = option(0, "rank of LoRA adapters; 0: train all weights")
-    lora_alpha: float = option(16.0, "LoRA's scaling is lora_alpha / lora_r")
+    lora_alpha: int = option(32, "LoRA's scaling is lora_alpha / lora_r")
     lora_dropout: float = option(0.0, "dropout before LoRA's first matrix")
     lora_target_modules: list[str] = dataclasses.field(
         default_factory=lambda: ["all-linear"], metadata=_about("names of the modules that get LoRA adapters")
@@ -133,12 +133,13 @@ def coerce(name: str, value: Any, hint: Any) -> Any:
     kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     if type(None) in kinds and (value is None or value in ("none", "null", "")):
         return None
+    kinds = tuple(kind for kind in kinds if kind in _CONVERT)
     for kind in kinds:
         try:
             return _CONVERT[kind](value)
         except ValueError:
             continue
-    wanted = " or ".join(_WORDS[kind] for kind in kinds if kind in _WORDS)
+    wanted = " or ".join(_WORDS[kind] for kind in kinds)
     raise ConfigError(f"{name} must be {wanted}, got {value!r}")
 
 

@@ -21,7 +21,7 @@ from posttrain.data import PackedBatch
 from posttrain.objectives import Loss
 from posttrain.train import checkpoint
 from posttrain.train.config import ConfigError, TrainConfig, check_writable
-from posttrain.train.metrics import MetricsLog, Window
+from posttrain.train.metrics import MetricsLog, Speed, Window
 from posttrain.train.optimizer import Optimizer
 from posttrain.train.plot import plot_metrics
 from posttrain.train.progress import Progress
@@ -75,6 +75,7 @@ class Loop:
         bf16 = self.device.type == "cuda" if config.bf16 is None else config.bf16
         self._optimizer = Optimizer(model, config, torch.bfloat16 if bf16 else None)
         self._window = Window()
+        self._speed = Speed()
         self._num_tokens = 0
 
     def run(self, resume: bool | str | None = None) -> TrainResult:
@@ -85,7 +86,7 @@ class Loop:
         folder = self._checkpoint_to_resume(resume)
         check_writable(self.output_dir)
         if self.config.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            _recompute_activations(self.model)
         set_seed(self.config.seed)
         first = self._resume(folder) if folder else 0
         if first >= self.num_steps:
@@ -133,12 +134,13 @@ class Loop:
         norm = self._optimizer.step(rate)
         self._window.end_step()
         self._num_tokens += data.num_tokens
-        progress.advance(step, data.num_tokens)
+        self._speed.add(time.perf_counter() - started, data.num_tokens)
+        progress.advance(step)
 
         if step % config.logging_steps == 0 or step == self.num_steps:
             record = {"step": step, "epoch": step / self.source.steps_per_epoch, **self._window.take()}
             record |= {"grad_norm": norm.item(), "learning_rate": rate, "num_tokens": self._num_tokens}
-            record["step_time"] = time.perf_counter() - started
+            record |= self._speed.take()
             log.write(record)
             progress.report(step, record)
         if step == self.num_steps:
@@ -193,6 +195,12 @@ def set_seed(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+def _recompute_activations(model: Any) -> None:
+    newer = getattr(model, "activation_checkpointing_enable", None)  # its name from transformers 6 on
+    enable = newer or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 @contextmanager

@@ -32,7 +32,7 @@ class Window:
     def take(self) -> dict[str, float]:
         """The means; the window starts anew."""
         means = {name: total / self.steps for name, total in self.totals().items()}
-        self.__init__()
+        self.steps, self._sums = 0, {}
         return means
 
     def totals(self) -> dict[str, float]:
@@ -43,6 +43,25 @@ class Window:
         """Go on from `steps` and `totals`."""
         self.steps = steps
         self._sums = {name: torch.tensor(value, dtype=torch.float64) for name, value in totals.items()}
+
+
+class Speed:
+    """Time and tokens of the optimizer steps since the last log line, without evaluations and checkpoints."""
+
+    def __init__(self) -> None:
+        self._steps, self._seconds, self._tokens = 0, 0.0, 0
+
+    def add(self, seconds: float, tokens: int) -> None:
+        """One step took `seconds` for `tokens` tokens."""
+        self._steps += 1
+        self._seconds += seconds
+        self._tokens += tokens
+
+    def take(self) -> dict[str, float]:
+        """Mean `step_time` and `tokens_per_second`; counting starts anew."""
+        record = {"step_time": self._seconds / self._steps, "tokens_per_second": self._tokens / self._seconds}
+        self._steps, self._seconds, self._tokens = 0, 0.0, 0
+        return record
 
 
 class MetricsLog:

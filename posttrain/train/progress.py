@@ -16,7 +16,7 @@ class Progress:
         self._num_steps = num_steps
         self._first = first_step
         self._start = time.perf_counter()
-        self._tokens = 0
+        self._rate = 0.0
         self._bar: Any = _make_bar() if bar and sys.stderr.isatty() else None
         self._task = self._bar and self._bar.add_task("train", total=num_steps, completed=first_step, status="")
 
@@ -29,17 +29,16 @@ class Progress:
         if self._bar:
             self._bar.stop()
 
-    def advance(self, step: int, num_tokens: int) -> None:
-        """`step` steps are done; the last one had `num_tokens` tokens."""
-        self._tokens += num_tokens
+    def advance(self, step: int) -> None:
+        """`step` steps are done."""
         if self._bar:
             self._bar.update(self._task, completed=step)
 
     def report(self, step: int, record: dict[str, float]) -> None:
         """Show a log record."""
-        rate = self._tokens / (time.perf_counter() - self._start)
+        self._rate = record.get("tokens_per_second", self._rate)
         numbers = ", ".join(f"{name} {record[name]:.4g}" for name in ("loss", "eval_loss") if name in record)
-        status = f"{numbers}, {rate:,.0f} tokens/s, {peak_memory() / 2**30:.1f} GiB"
+        status = f"{numbers}, {self._rate:,.0f} tokens/s, {peak_memory() / 2**30:.1f} GiB"
         if self._bar:
             self._bar.update(self._task, completed=step, status=status)
         else:

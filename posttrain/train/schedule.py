@@ -22,10 +22,11 @@ def learning_rate_factor(schedule: str, step: int, num_steps: int, num_warmup: i
         return 1.0
     if step < num_warmup:
         return step / num_warmup
-    progress = (step - num_warmup) / max(1, num_steps - num_warmup)
+    num_decay = max(1, num_steps - num_warmup)
     if schedule == "linear":
-        return max(0.0, 1.0 - progress)
+        return max(0.0, (num_steps - step) / num_decay)
     if schedule == "cosine":
+        progress = (step - num_warmup) / num_decay
         return max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
     if schedule == "constant_with_warmup":
         return 1.0

@@ -102,7 +102,10 @@ class SFTTrainer:
         elif args.lora_r > 0:
             names = args.lora_target_modules
             targets = names[0] if names == ["all-linear"] else names
-            model = add_lora(model, args.lora_r, args.lora_alpha, targets, args.lora_dropout)
+            try:
+                model = add_lora(model, args.lora_r, args.lora_alpha, targets, args.lora_dropout)
+            except ValueError as error:
+                raise ConfigError(f"lora_target_modules {','.join(names)}: {error}") from error
         return model, tokenizer
 
     def _pack(self, rows: Any, shuffle: bool) -> PackedSource:

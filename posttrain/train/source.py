@@ -49,8 +49,9 @@ class PackedSource:
             raise ConfigError("there is no example to train on")
         longest = max(range(len(examples)), key=lambda i: len(examples[i]))
         if len(examples[longest]) > max_tokens:
+            name = examples[longest].origin or f"example {longest}"
             raise ConfigError(
-                f"example {longest} has {len(examples[longest])} tokens, more than max_tokens_per_batch {max_tokens}; "
+                f"{name} has {len(examples[longest])} tokens, more than max_tokens_per_batch {max_tokens}; "
                 "raise max_tokens_per_batch or lower max_length"
             )
         self._examples = examples
