@@ -1,10 +1,11 @@
 """Hugging Face causal LMs with our ops in them."""
 
 from posttrain.models.adapters import add_lora, load_adapter
+from posttrain.models.causal_lm import ModelError
 from posttrain.models.forward import hidden_states, token_logprobs
 from posttrain.models.head import Head, head
 from posttrain.models.load import load
-from posttrain.models.prepare import ModelError, Report, prepare, restore
+from posttrain.models.prepare import Report, prepare, restore
 
 __all__ = [
     "Head",

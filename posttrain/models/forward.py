@@ -3,9 +3,9 @@
 from torch import Tensor, nn
 
 from posttrain.data.batch import PackedBatch
+from posttrain.models.causal_lm import causal_lm, decoder
 from posttrain.models.head import head
 from posttrain.models.packing import run_packed, run_padded
-from posttrain.models.prepare import causal_lm
 from posttrain.ops import TokenLogprobs, linear_logprob
 
 
@@ -17,7 +17,7 @@ def hidden_states(model: nn.Module, batch: PackedBatch) -> Tensor:
     """
     causal = causal_lm(model)
     run = run_packed if causal.config._attn_implementation == "posttrain" else run_padded
-    return run(causal.base_model, batch.input_ids, batch.layout)
+    return run(decoder(causal), batch.input_ids, batch.layout)
 
 
 def token_logprobs(

@@ -2,9 +2,10 @@
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-from posttrain.models.prepare import ModelError, causal_lm
+from posttrain.models.causal_lm import ModelError, causal_lm
 
 
 class Head(NamedTuple):
@@ -24,6 +25,15 @@ class Head(NamedTuple):
     logit_scale: float
     lora: tuple[Tensor, Tensor, float] | None
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The logits of a few rows, all of them in memory; `linear_logprob` is for many."""
+        z = nn.functional.linear(hidden, self.weight)
+        if self.lora is not None:
+            lora_a, lora_b, scaling = self.lora
+            z = z + scaling * (hidden.to(lora_a.dtype) @ lora_a.T @ lora_b.T).to(z.dtype)
+        z = (z if self.bias is None else z + self.bias) * self.logit_scale
+        return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
+
 
 def head(model: nn.Module) -> Head:
     """The language head of `model`, without running it.
@@ -31,6 +41,8 @@ def head(model: nn.Module) -> Head:
     Raises `ModelError` for a head, or an adapter on it, that is no such formula.
     """
     causal = causal_lm(model)
+    if obstacle := getattr(causal, "_posttrain_head_obstacle", None):  # found by prepare
+        raise ModelError(obstacle)
     config: Any = causal.config.get_text_config()
     layer, lora = _unwrap(causal.get_output_embeddings())
     if type(layer) is not nn.Linear:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from posttrain.models.adapters import is_adapter, load_adapter
-from posttrain.models.prepare import ModelError, prepare
+from posttrain.models.causal_lm import ModelError
+from posttrain.models.prepare import prepare
 
 
 def load(
@@ -39,6 +40,7 @@ def load(
     else:
         base = path
     kind = _dtype(dtype)
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     own = {} if attn_implementation == "posttrain" else {"attn_implementation": attn_implementation}
@@ -47,7 +49,7 @@ def load(
             base, dtype=kind, trust_remote_code=trust_remote_code, use_safetensors=True, output_loading_info=True, **own
         )
         tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as problem:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as problem:
         raise ModelError(f"can't load {base}: {_first_line(problem)}") from problem
     model, info = loaded
     if info["missing_keys"]:

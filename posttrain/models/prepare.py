@@ -14,12 +14,9 @@ from typing import Any
 
 from torch import nn
 
+from posttrain.models.causal_lm import causal_lm
 from posttrain.models.families import ACTIVATIONS, FAMILIES, Fused, RotaryAttention, with_rope
-from posttrain.models.packing import obstacle_to_packing
-
-
-class ModelError(ValueError):
-    """A model that can't be loaded, prepared or run; the message is one line for the user."""
+from posttrain.models.trial import obstacle_to_head, obstacle_to_packing
 
 
 @dataclass
@@ -43,16 +40,6 @@ class Report:
         return "\n".join(lines)
 
 
-def causal_lm(model: nn.Module) -> Any:
-    """The transformers model inside `model`, which may be wrapped by PEFT."""
-    from transformers import PreTrainedModel
-
-    inner: Any = getattr(model, "get_base_model", lambda: model)()
-    if not isinstance(inner, PreTrainedModel) or inner.get_output_embeddings() is None:
-        raise ModelError(f"{type(inner).__name__} is not a causal language model of transformers")
-    return inner
-
-
 def prepare(model: nn.Module, *, attention: bool = True) -> Report:
     """Replace norms, rotary embeddings, MLPs and attention of `model`, in place, by our ops.
 
@@ -68,14 +55,15 @@ def prepare(model: nn.Module, *, attention: bool = True) -> Report:
     report = Report(type(causal).__name__)
     for module in causal.modules():
         _replace(module, causal.config, report)
-    if not any(_family(module) for module in causal.modules()):
-        report.kept["modules"] = f"{report.architecture} is not one of {', '.join(FAMILIES)}"
-    counts = Counter(module.kind for module in causal.modules() if isinstance(module, Fused))
-    report.replaced = dict(counts)
+    known = any(_family(module) for module in causal.modules())
+    report.replaced = dict(Counter(module.kind for module in causal.modules() if isinstance(module, Fused)))
     if attention:
-        _replace_attention(causal, report)
-    else:
-        report.kept["attention"] = "not asked for"
+        _replace_attention(causal, known, report)
+    if not known:
+        report.kept["modules"] = f"{report.architecture} is not one of {', '.join(FAMILIES)}"
+        causal._posttrain_head_obstacle = obstacle_to_head(causal)
+        if causal._posttrain_head_obstacle:
+            report.kept["language head"] = causal._posttrain_head_obstacle
     return report
 
 
@@ -85,7 +73,8 @@ def restore(model: nn.Module) -> None:
     for module in causal.modules():
         if isinstance(module, Fused):
             module.__class__ = _original(type(module))
-    before = causal.__dict__.pop("_attention_before_posttrain", None)
+    causal.__dict__.pop("_posttrain_head_obstacle", None)
+    before = causal.__dict__.pop("_posttrain_attention_before", None)
     if before is not None:
         causal.set_attn_implementation(before)
 
@@ -146,17 +135,16 @@ def _plain_forward(cls: type) -> Any:
     return inspect.unwrap(cls.__dict__["forward"])
 
 
-def _replace_attention(causal: Any, report: Report) -> None:
+def _replace_attention(causal: Any, known: bool, report: Report) -> None:
     from posttrain.models.attention import NAME
 
     before = causal.config._attn_implementation
-    known = any(_family(module) for module in causal.modules())
-    if before != NAME:
-        causal.set_attn_implementation(NAME)
+    causal.set_attn_implementation(NAME)
     obstacle = None if known else obstacle_to_packing(causal)
-    if obstacle is None:
-        causal._attention_before_posttrain = before
-        report.replaced["attention"] = causal.config.get_text_config().num_hidden_layers
-    else:
-        causal.set_attn_implementation(before)
+    if obstacle:
+        causal.set_attn_implementation("eager" if before == NAME else before)
         report.kept["attention"] = obstacle
+        return
+    report.replaced["attention"] = causal.config.get_text_config().num_hidden_layers
+    if before != NAME:
+        causal._posttrain_attention_before = before
