@@ -172,8 +172,11 @@ def _from_datasets(source: str, split: str) -> Rows:
 
 
 def _looks_like_hub_id(source: str) -> bool:
+    """`name` or `owner/name`, unless it names a kind of file or something in a folder that is here."""
     parts = source.split("/")
-    return len(parts) <= 2 and all(parts) and parts[0][0] != "." and Path(source).suffix.lower() not in _READERS
+    if not 1 <= len(parts) <= 2 or not all(parts) or parts[0][0] in ".~":
+        return False
+    return Path(source).suffix.lower() not in _READERS and not (len(parts) == 2 and Path(parts[0]).is_dir())
 
 
 def _missing(path: Path) -> str:

@@ -89,6 +89,13 @@ def test_a_missing_file_suggests_its_neighbour(tmp_path):
         load_rows(tmp_path / "nowhere" / "train.jsonl")
 
 
+def test_a_path_into_a_folder_is_not_taken_for_a_hub_id(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data" / "arithmetic").mkdir(parents=True)
+    with pytest.raises(DataError, match=r"^data/aritmetic: no such file; did you mean data/arithmetic\?$"):
+        load_rows("data/aritmetic")
+
+
 def test_an_unreachable_hub_id_is_one_line(monkeypatch):
     def fail(source, split):
         raise ConnectionError("could not reach the hub\nlong\nstory")
