@@ -45,7 +45,7 @@ def attention(
         raise ValueError(f"packed attention has no dropout; set attention_dropout to 0, not {dropout}")
     if query.shape[0] != 1:
         raise ValueError(f"a packed batch is one row of tokens; got queries {list(query.shape)}")
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
     return packed_attention(q, k, v, layout, scale=scaling, window=sliding_window, softcap=softcap)[None], None
 
 

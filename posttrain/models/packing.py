@@ -25,7 +25,7 @@ def run_packed(decoder: nn.Module, input_ids: Tensor, layout: PackedLayout) -> T
         use_cache=False,
         layout=layout,
     )
-    return output.last_hidden_state[0]
+    return output.last_hidden_state.squeeze(0)
 
 
 def run_padded(decoder: nn.Module, input_ids: Tensor, layout: PackedLayout) -> Tensor:

@@ -53,14 +53,16 @@ def prepare(model: nn.Module, *, attention: bool = True) -> Report:
     """
     causal = causal_lm(model)
     report = Report(type(causal).__name__)
+    text_config = causal.config.get_text_config()
+    known = _family(causal) is not None and text_config is causal.config
     for module in causal.modules():
-        _replace(module, causal.config, report)
-    known = any(_family(module) for module in causal.modules())
+        _replace(module, text_config, report)
     report.replaced = dict(Counter(module.kind for module in causal.modules() if isinstance(module, Fused)))
     if attention:
         _replace_attention(causal, known, report)
-    if not known:
+    if not any(isinstance(module, Fused) for module in causal.modules()):
         report.kept["modules"] = f"{report.architecture} is not one of {', '.join(FAMILIES)}"
+    if not known:
         causal._posttrain_head_obstacle = obstacle_to_head(causal)
         if causal._posttrain_head_obstacle:
             report.kept["language head"] = causal._posttrain_head_obstacle

@@ -77,7 +77,7 @@ def _segment(
         scale=scale,
         enable_gqa=q.shape[0] != k.shape[0],
     )
-    return out[0].transpose(0, 1)
+    return out.squeeze(0).transpose(0, 1)
 
 
 def _band(length: int, window: int, device: torch.device) -> Tensor:

@@ -233,3 +233,26 @@ def test_what_is_no_causal_lm_is_an_error():
         prepare(torch.nn.Linear(2, 2))
     with pytest.raises(ModelError, match="LlamaModel is not a causal language model"):
         prepare(tiny("llama").model)
+
+
+def test_the_text_part_of_a_model_with_images_is_replaced_and_padded():
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    text = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 16}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    config = Gemma3Config(
+        text_config={**text, **heads, "sliding_window": 4},
+        vision_config={**vision, "image_size": 28, "patch_size": 14},
+        image_token_id=1,
+        boi_token_id=1,
+        eoi_token_id=1,
+    )
+    batch = batch_of(LENGTHS)
+    model = Gemma3ForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        before = alone(model, batch)[0]
+        report = prepare(model)
+        assert report.replaced["rope"] == 2 and "padded" in report.kept["attention"]
+        torch.testing.assert_close(hidden_states(model, batch), before)
