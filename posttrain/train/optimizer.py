@@ -5,6 +5,8 @@ made it, and freed: micro-batches accumulate in float32, and no bfloat16 gradien
 rounded into the parameter. A float32 parameter is its own twin.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -28,8 +30,9 @@ class Optimizer:
             parameter.register_post_accumulate_grad_hook(_move_gradient(twin))
         matrices = [twin for twin in self._named.values() if twin.ndim > 1]
         vectors = [twin for twin in self._named.values() if twin.ndim <= 1]
+        groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
         self._adamw = torch.optim.AdamW(
-            [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}],
+            groups,
             betas=(config.adam_beta1, config.adam_beta2),
             eps=config.adam_epsilon,
             weight_decay=config.weight_decay,
@@ -87,7 +90,7 @@ def _twins(model: nn.Module, half: torch.dtype | None) -> dict[str, tuple[nn.Par
         for parameter in model.parameters():
             if parameter.dtype == torch.float32:
                 parameter.data = parameter.data.to(half)
-    twins = {}
+    twins: dict[str, tuple[nn.Parameter, Tensor]] = {}
     for name, parameter in trained.items():
         twin = parameter if parameter.dtype not in _HALF else nn.Parameter(wide[name].float())
         twins[name] = (parameter, twin)

@@ -204,7 +204,7 @@ def test_resume_needs_a_checkpoint(model_dir, rows, tmp_path):
 
 
 def test_resume_of_a_finished_run(two_checkpoints, model_dir, rows):
-    with pytest.raises(ValueError, match="nothing to do: .*checkpoint-2 is at step 2 of 2"):
+    with pytest.raises(ValueError, match=r"nothing to do: .*checkpoint-2 is at step 2 of 2"):
         trainer(model_dir, two_checkpoints, rows, max_steps=2).train(resume_from_checkpoint=True)
 
 
