@@ -9,7 +9,6 @@ folder with metrics, curves and a checkpoint that plain transformers loads.
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import make_tiny_model
 import torch
 
 from posttrain import SFTConfig, SFTTrainer
@@ -48,8 +48,7 @@ class Demo:
 
 def start(demo: Demo) -> None:
     """A tiny model with seeded random weights."""
-    script = EXAMPLES / "make_tiny_model.py"
-    subprocess.run([sys.executable, str(script), "--weights", str(demo.model_dir)], check=True)
+    make_tiny_model.write(demo.model_dir, seed=0)
     score(demo, "start")
 
 

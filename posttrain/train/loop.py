@@ -22,7 +22,7 @@ from posttrain.objectives import Loss
 from posttrain.train import checkpoint
 from posttrain.train.config import ConfigError, TrainConfig, check_writable
 from posttrain.train.metrics import MetricsLog, Speed, Window
-from posttrain.train.optimizer import Optimizer
+from posttrain.train.optimizer import Optimizer, half_dtype
 from posttrain.train.plot import plot_metrics
 from posttrain.train.progress import Progress
 from posttrain.train.schedule import learning_rate_factor, num_warmup_steps
@@ -72,8 +72,7 @@ class Loop:
         epochs = config.num_train_epochs
         self.num_steps = config.max_steps if config.max_steps > 0 else math.ceil(epochs * source.steps_per_epoch)
         self._num_warmup = num_warmup_steps(config.warmup_steps, self.num_steps)
-        bf16 = self.device.type == "cuda" if config.bf16 is None else config.bf16
-        self._optimizer = Optimizer(model, config, torch.bfloat16 if bf16 else None)
+        self._optimizer = Optimizer(model, config, half_dtype(config, self.device))
         self._window = Window()
         self._speed = Speed()
         self._num_tokens = 0

@@ -15,6 +15,12 @@ from posttrain.train.config import TrainConfig
 _HALF = (torch.bfloat16, torch.float16)
 
 
+def half_dtype(config: TrainConfig, device: torch.device) -> torch.dtype | None:
+    """What the model computes in, if not in the dtype it has: bfloat16 if asked for or, unless forbidden, on CUDA."""
+    wanted = device.type == "cuda" if config.bf16 is None else config.bf16
+    return torch.bfloat16 if wanted else None
+
+
 class Optimizer:
     """AdamW for the trainable parameters of `model`.
 

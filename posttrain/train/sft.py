@@ -13,6 +13,7 @@ from posttrain.objectives import Loss, cross_entropy
 from posttrain.train import checkpoint
 from posttrain.train.config import ConfigError
 from posttrain.train.loop import Loop, TrainResult, set_seed
+from posttrain.train.optimizer import half_dtype
 from posttrain.train.sft_config import SFTConfig
 from posttrain.train.source import PackedSource, Step
 
@@ -84,10 +85,12 @@ class SFTTrainer:
         model = model if model is not None else args.model
         if model is None:
             raise ConfigError("no model: give model, a folder or hub id")
-        device = "cuda" if torch.cuda.is_available() and not args.use_cpu else "cpu"
+        device = torch.device("cuda" if torch.cuda.is_available() and not args.use_cpu else "cpu")
         if isinstance(model, str | Path):
+            # Weights that stay frozen need no float32 copy.
+            half = half_dtype(args, device) if args.lora_r > 0 or peft_config is not None else None
             model, own_tokenizer = load(
-                str(model), dtype="float32", device=device, trust_remote_code=args.trust_remote_code
+                model, dtype=half or torch.float32, device=device, trust_remote_code=args.trust_remote_code
             )
             tokenizer = tokenizer or own_tokenizer
         else:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from posttrain.data import Example, PackedBatch
 from posttrain.data.pack import pack_best_fit
@@ -58,6 +59,7 @@ class PackedSource:
         self._max_tokens = max_tokens
         self._sequences_per_step = sequences_per_step
         self._shuffle_seed = shuffle_seed
+        self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
         lengths = [len(example) for example in examples]
         self._sequences = (
             [[i] for i in range(len(examples))] if bin_tokens is None else pack_best_fit(lengths, bin_tokens)
@@ -72,18 +74,20 @@ class PackedSource:
         """Optimizer step `number`, counted from 0 over all epochs."""
         epoch, within = divmod(number, self.steps_per_epoch)
         first = within * self._sequences_per_step
-        chosen = self._order(epoch)[first : first + self._sequences_per_step]
-        return self._pack([i for sequence in chosen for i in self._sequences[sequence]])
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, self._shuffled(epoch)
+        chosen = self._order[first : first + self._sequences_per_step]
+        return self._pack([i for sequence in chosen.tolist() for i in self._sequences[sequence]])
 
     def everything(self) -> Step:
         """All examples as one step."""
         return self._pack(range(len(self._examples)))
 
-    def _order(self, epoch: int) -> list[int]:
+    def _shuffled(self, epoch: int) -> Tensor:
         if self._shuffle_seed is None:
-            return list(range(len(self._sequences)))
+            return torch.arange(len(self._sequences))
         generator = torch.Generator().manual_seed(self._shuffle_seed + epoch)
-        return torch.randperm(len(self._sequences), generator=generator).tolist()
+        return torch.randperm(len(self._sequences), generator=generator)
 
     def _pack(self, indices: Sequence[int]) -> Step:
         examples = [self._examples[i] for i in indices]

@@ -169,9 +169,11 @@ def test_peft_config(model_dir, rows, tmp_path):
     trainer.train()
 
 
-def test_bf16_follows_fp32(model_dir, rows, tmp_path):
-    wide = SFTTrainer(args=config(model_dir, tmp_path / "a", max_steps=10), train_dataset=rows)
-    half = SFTTrainer(args=config(model_dir, tmp_path / "b", max_steps=10, bf16=True), train_dataset=rows)
+@pytest.mark.parametrize("lora_r", [0, 4], ids=["weights", "lora"])
+def test_bf16_follows_fp32(model_dir, rows, tmp_path, lora_r):
+    changes = {"max_steps": 10, "lora_r": lora_r}
+    wide = SFTTrainer(args=config(model_dir, tmp_path / "a", **changes), train_dataset=rows)
+    half = SFTTrainer(args=config(model_dir, tmp_path / "b", bf16=True, **changes), train_dataset=rows)
     assert {parameter.dtype for parameter in half.model.parameters()} == {torch.bfloat16}
     assert {twin.dtype for twin in half._loop._optimizer._named.values()} == {torch.float32}
     expected, found = losses(wide), losses(half)
