@@ -23,12 +23,15 @@ _SHAPE = {
 _GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 10, "sliding_window": 4}
 _MIXED = {"layer_types": ["sliding_attention", "full_attention"]}
 
+# "sdpa" of older transformers drops the cap of the scores without a word.
+_CAPS = {"final_logit_softcapping": 3.0, "attn_logit_softcapping": 2.0, "attn_implementation": "eager"}
+
 FAMILIES: dict[str, tuple[str, dict]] = {
     "llama": ("Llama", {"attention_bias": True, "mlp_bias": True}),
     "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3", {"head_dim": 32, "sliding_window": 5, "use_sliding_window": True, **_MIXED}),
     "mistral": ("Mistral", {"sliding_window": 4, "head_dim": 16}),
-    "gemma2": ("Gemma2", {**_GEMMA, **_MIXED, "final_logit_softcapping": 3.0, "attn_logit_softcapping": 2.0}),
+    "gemma2": ("Gemma2", {**_GEMMA, **_MIXED, **_CAPS}),
     "gemma3": ("Gemma3", {**_GEMMA, **_MIXED, "tie_word_embeddings": True}),
     "phi3": ("Phi3", {"partial_rotary_factor": 0.5, "sliding_window": 6}),
     "olmo2": ("Olmo2", {}),

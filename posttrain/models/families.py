@@ -68,10 +68,17 @@ class MergedGatedMLP(GatedMLP):
         return self.down_proj(self.gated(gate, up))
 
 
-class PreNormLayer(Fused):
-    """hidden + attention(norm(hidden)), then the same with the MLP."""
+class Layer(Fused):
+    """A decoder layer; `norm` names the norm that takes the residual too."""
 
     kind = "residual + norm"
+    norm: str
+
+
+class PreNormLayer(Layer):
+    """hidden + attention(norm(hidden)), then the same with the MLP."""
+
+    norm = "post_attention_layernorm"
 
     def forward(self: Any, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
@@ -79,10 +86,8 @@ class PreNormLayer(Fused):
         return total + self.mlp(normed)
 
 
-class DropoutPreNormLayer(Fused):
+class DropoutPreNormLayer(PreNormLayer):
     """The same with dropout before each addition."""
-
-    kind = "residual + norm"
 
     def forward(self: Any, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
@@ -90,10 +95,10 @@ class DropoutPreNormLayer(Fused):
         return total + self.resid_mlp_dropout(self.mlp(normed))
 
 
-class SandwichNormLayer(Fused):
+class SandwichNormLayer(Layer):
     """A norm before and after attention and MLP."""
 
-    kind = "residual + norm"
+    norm = "pre_feedforward_layernorm"
 
     def forward(self: Any, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
@@ -122,7 +127,7 @@ class Family:
 
     norm: type[Fused] = RMSNorm
     mlp: type[GatedMLP] = GatedMLP
-    layer: type[Fused] | None = PreNormLayer
+    layer: type[Layer] | None = PreNormLayer
 
 
 # By the name of the folder in transformers.models.

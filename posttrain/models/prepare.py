@@ -104,17 +104,16 @@ def _replace(module: Any, config: Any, report: Report) -> None:
     elif original.__name__.endswith("DecoderLayer"):
         if family.layer is None:
             report.kept["residual + norm"] = f"{name} norms before it adds the residual"
+        elif _family(norm := getattr(module, family.layer.norm)) != name:
+            report.kept["residual + norm"] = f"{family.layer.norm} is a {type(norm).__name__}, which takes no residual"
         else:
             module.__class__ = _fused(original, family.layer)
 
 
 def _family(module: nn.Module) -> str | None:
     """The family whose modelling file defines the class of `module`."""
-    cls = _original(type(module))
-    parts = cls.__module__.split(".")
-    if parts[:2] == ["transformers", "models"] and parts[2] in FAMILIES and parts[3] == f"modeling_{parts[2]}":
-        return parts[2]
-    return None
+    home = _original(type(module)).__module__
+    return next((name for name in FAMILIES if home == f"transformers.models.{name}.modeling_{name}"), None)
 
 
 @cache
@@ -141,12 +140,11 @@ def _replace_attention(causal: Any, known: bool, report: Report) -> None:
     from posttrain.models.attention import NAME
 
     before = causal.config._attn_implementation
-    causal.set_attn_implementation(NAME)
-    obstacle = None if known else obstacle_to_packing(causal)
+    obstacle = None if known else obstacle_to_packing(causal, NAME)
     if obstacle:
-        causal.set_attn_implementation("eager" if before == NAME else before)
         report.kept["attention"] = obstacle
         return
+    causal.set_attn_implementation(NAME)
     report.replaced["attention"] = causal.config.get_text_config().num_hidden_layers
     if before != NAME:
         causal._posttrain_attention_before = before

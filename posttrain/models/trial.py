@@ -19,22 +19,24 @@ from posttrain.ops.layout import PackedLayout
 _LENGTHS = [5, 7]
 
 
-def obstacle_to_packing(causal: Any) -> str | None:
-    """Why `run_packed` is wrong for this model, which has our attention already; None if it is right."""
+def obstacle_to_packing(causal: Any, attention: str) -> str | None:
+    """Why `run_packed` would be wrong for this model with our `attention`, or None if it would be right."""
     config = causal.config.get_text_config()
     partial = set(getattr(config, "layer_types", None) or []) - {"full_attention"}
     if not causal._supports_attention_backend:
         return f"{type(causal).__name__} doesn't use transformers' attention interface, so sequences are padded"
     if causal._is_stateful or partial or getattr(config, "sliding_window", None):
         return f"{type(causal).__name__} mixes tokens by more than full attention, so sequences are padded"
-    try:
-        with _evaluating(causal):
-            ids = _ids(causal)
-            layout = PackedLayout.from_lengths(_LENGTHS, ids.device)
-            packed = run_packed(decoder(causal), ids, layout)
-            alone = torch.cat([_hidden(causal, part) for part in ids.split(_LENGTHS)])
-    except Exception as problem:
-        return f"a trial with packed sequences failed, so they are padded ({type(problem).__name__}: {problem})"
+    ids, before = _ids(causal), causal.config._attn_implementation
+    with _evaluating(causal):
+        alone = torch.cat([_hidden(causal, part) for part in ids.split(_LENGTHS)])
+        try:
+            causal.set_attn_implementation(attention)
+            packed = run_packed(decoder(causal), ids, PackedLayout.from_lengths(_LENGTHS, ids.device))
+        except Exception as problem:
+            return f"a trial with packed sequences failed, so they are padded ({type(problem).__name__}: {problem})"
+        finally:
+            causal.set_attn_implementation(before)
     return None if _same(packed, alone) else "packed sequences see each other, so they are padded"
 
 

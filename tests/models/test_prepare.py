@@ -202,6 +202,21 @@ def test_an_unknown_activation_stays():
     assert_true_to(hidden_states(model, batch), alone(exact, batch)[0])
 
 
+def test_somebody_elses_norm_stays():
+    class Norm(torch.nn.Module):
+        def forward(self, x):
+            return 2 * x
+
+    batch = batch_of(LENGTHS)
+    model, exact = tiny("llama"), tiny("llama", torch.float64)
+    model.model.layers[0].post_attention_layernorm = Norm()
+    exact.model.layers[0].post_attention_layernorm = Norm()
+    report = prepare(model)
+    assert report.replaced["residual + norm"] == 1 and report.replaced["rms_norm"] == 4
+    assert report.kept == {"residual + norm": "post_attention_layernorm is a Norm, which takes no residual"}
+    assert_true_to(hidden_states(model, batch), alone(exact, batch)[0])
+
+
 def test_exact_gelu():
     batch = batch_of(LENGTHS)
     model = tiny("llama", hidden_act="gelu")
