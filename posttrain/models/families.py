@@ -22,6 +22,9 @@ from torch import Tensor
 from posttrain.ops import geglu, rms_norm, rope, swiglu
 
 
+Normed = Tensor | tuple[Tensor, Tensor]
+
+
 class Fused:
     """Marks a module whose forward is replaced; `kind` names by what."""
 
@@ -33,8 +36,8 @@ class RMSNorm(Fused):
 
     kind = "rms_norm"
 
-    def forward(self: Any, hidden_states: Tensor, residual: Tensor | None = None):
-        return add_norm(hidden_states, self.weight, self.variance_epsilon, residual)
+    def forward(self: Any, hidden_states: Tensor, residual: Tensor | None = None) -> Normed:
+        return _add_norm(hidden_states, self.weight, self.variance_epsilon, residual)
 
 
 class OffsetRMSNorm(Fused):
@@ -42,11 +45,11 @@ class OffsetRMSNorm(Fused):
 
     kind = "rms_norm"
 
-    def forward(self: Any, x: Tensor, residual: Tensor | None = None):
-        return add_norm(x, 1.0 + self.weight.float(), self.eps, residual)
+    def forward(self: Any, x: Tensor, residual: Tensor | None = None) -> Normed:
+        return _add_norm(x, 1.0 + self.weight.float(), self.eps, residual)
 
 
-def add_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None):
+def _add_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> Normed:
     """`rms_norm`; under autocast x may be narrower than the residual stream that it joins."""
     return rms_norm(x if residual is None else x.to(residual.dtype), weight, eps, residual)
 
