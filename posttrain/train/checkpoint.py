@@ -36,8 +36,9 @@ def save(
 ) -> Path:
     """Write `output_dir/checkpoint-<step>` and return its path. `state` is what goes to trainer_state.json."""
     target = output_dir / f"checkpoint-{step}"
+    for abandoned in output_dir.glob(".checkpoint-*.partial"):
+        shutil.rmtree(abandoned)
     partial = output_dir / f".{target.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     save_model(model, tokenizer, partial)
     save_file({name: tensor.contiguous() for name, tensor in optimizer.items()}, partial / _OPTIMIZER)

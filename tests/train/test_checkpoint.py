@@ -182,9 +182,9 @@ def test_kill_within_a_save_leaves_the_previous_checkpoint(tmp_path):
         assert not (tmp_path / "checkpoint-2").exists()
         assert checkpoint.find_newest(tmp_path) == tmp_path / "checkpoint-1"
         assert before == {path.name: path.read_bytes() for path in (tmp_path / "checkpoint-1").iterdir()}
-    assert save(2, "none") == 0
-    assert checkpoint.find_newest(tmp_path) == tmp_path / "checkpoint-2"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-2"]
+    assert save(3, "none") == 0
+    assert checkpoint.find_newest(tmp_path) == tmp_path / "checkpoint-3"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-3"]
 
 
 def test_save_total_limit_keeps_the_newest(model_dir, rows, tmp_path):
