@@ -21,7 +21,6 @@ from torch import Tensor
 
 from posttrain.ops import geglu, rms_norm, rope, swiglu
 
-
 Normed = Tensor | tuple[Tensor, Tensor]
 
 
