@@ -1,0 +1,156 @@
+"""SFT of the demo model on sequences of mixed length: tokens per second, peak memory and losses, against TRL.
+
+Both train the same weights in float32 on the same sequences (conversations of 1 to 6 arithmetic questions, 24 to 256
+tokens), 16 to a step, without activation checkpointing (which TRL would have on by default: off is its faster
+setting). "packing" is TRL's option: bins of 256 tokens made best-fit decreasing, 8 to a step. A system's speed is its
+tokens that are not padding over the time of its optimizer steps, the first three left out.
+"""
+
+import json
+import random
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from interleave import Comparison, Spread
+from memory import peak_bytes
+
+ROOT = Path(__file__).parents[1]
+STEPS, SKIPPED, ROUNDS = 18, 3, 3
+COMMON = {
+    "learning_rate": 1e-3,
+    "lr_scheduler_type": "constant",
+    "max_steps": STEPS,
+    "max_length": 256,
+    "logging_steps": 1,
+    "gradient_checkpointing": False,
+    "bf16": False,
+    "use_cpu": not torch.cuda.is_available(),
+    "train_sampling_strategy": "sequential",
+    "disable_tqdm": True,
+}
+
+
+def conversations(count=384):
+    """Rows in chat format, of 1 to 6 questions and answers each."""
+    lines = (ROOT / "examples/data/arithmetic-train.jsonl").read_text().splitlines()
+    turns = [json.loads(line)["messages"] for line in lines]
+    draw = random.Random(0)
+    return [{"messages": [m for t in draw.sample(turns, draw.randint(1, 6)) for m in t]} for _ in range(count)]
+
+
+def model_folder():
+    """The demo's model with seeded random weights."""
+    sys.path.insert(0, str(ROOT / "examples"))
+    from make_tiny_model import write
+
+    folder = Path(tempfile.mkdtemp()) / "model"
+    write(folder, seed=0)
+    return folder
+
+
+def our_trainer(folder, packing):
+    """posttrain's trainer, ready to train."""
+    from posttrain import SFTConfig, SFTTrainer
+
+    args = SFTConfig(output_dir=tempfile.mkdtemp(), packing=packing, **_batch(packing), **COMMON)
+    return SFTTrainer(str(folder), args, conversations())
+
+
+def trl_trainer(folder, packing):
+    """TRL's, with the times of its steps in `step_times`."""
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    times = []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            times.append(-time.perf_counter())
+
+        def on_step_end(self, *args, **kwargs):
+            times[-1] += time.perf_counter()
+
+    trainer = SFTTrainer(
+        AutoModelForCausalLM.from_pretrained(folder, dtype="float32"),
+        SFTConfig(
+            output_dir=tempfile.mkdtemp(),
+            packing=packing,
+            save_strategy="no",
+            report_to="none",
+            dataloader_pin_memory=False,
+            **_batch(packing),
+            **COMMON,
+        ),
+        train_dataset=Dataset.from_list(conversations()),
+        processing_class=AutoTokenizer.from_pretrained(folder),
+        callbacks=[Clock()],
+    )
+    trainer.step_times = times
+    return trainer
+
+
+def _batch(packing):
+    return {"per_device_train_batch_size": 8 if packing else 16}
+
+
+def run_ours(folder, packing):
+    """(tokens per second, losses)."""
+    trainer = our_trainer(folder, packing)
+    trainer.train()
+    history = [record for record in trainer.log_history if "loss" in record]
+    return _speed(history, [record["step_time"] for record in history]), [record["loss"] for record in history]
+
+
+def run_trl(folder, packing):
+    """(tokens per second, losses)."""
+    trainer = trl_trainer(folder, packing)
+    trainer.train()
+    history = [record for record in trainer.state.log_history if "loss" in record]
+    return _speed(history, trainer.step_times), [float(record["loss"]) for record in history]
+
+
+def _speed(history, step_times):
+    tokens = history[-1]["num_tokens"] - history[SKIPPED - 1]["num_tokens"]
+    return tokens / sum(step_times[SKIPPED:])
+
+
+@pytest.mark.parametrize(("packing", "limit"), [(False, 2.0), (True, 1.2)], ids=["no packing", "packing"])
+def test_speed(packing, limit, publish):
+    folder = model_folder()
+    systems = {"trl": run_trl, "posttrain": run_ours}
+    speeds = {name: [] for name in systems}
+    losses = {}
+    for _ in range(ROUNDS):
+        for name, run in systems.items():
+            speed, losses[name] = run(folder, packing)
+            speeds[name].append(speed)
+    ratios = {name: [a / b for a, b in zip(s, speeds["trl"], strict=True)] for name, s in speeds.items()}
+    seconds = {name: Spread.of([1e3 / v for v in s]) for name, s in speeds.items()}  # of 1000 tokens
+    comparison = Comparison("trl", seconds, {name: Spread.of(r) for name, r in ratios.items()})
+    facts = {f"{name} tokens/s": statistics.median(s) for name, s in speeds.items()}
+    name = "sft-packing" if packing else "sft"
+    publish(name, f"SFT {'with' if packing else 'without'} packing, per 1000 tokens", comparison, **facts)
+    if not packing:  # with packing, the bins of the two differ
+        assert max(abs(a - b) for a, b in zip(losses["trl"], losses["posttrain"], strict=True)) <= 1e-4
+    assert comparison.speedup["posttrain"].median >= limit
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("packing", [False, True], ids=["no packing", "packing"])
+def test_memory(packing, report):
+    folder = str(model_folder())
+    peaks = {}
+    for name in ("trl", "our"):
+        setup = f"import bench_sft as b\nb.COMMON['max_steps'] = 2\nb.{name}_trainer({folder!r}, {packing}).train()\n"
+        setup += f"b.COMMON['max_steps'] = b.STEPS\ntrainer = b.{name}_trainer({folder!r}, {packing})"
+        peaks["posttrain" if name == "our" else name] = peak_bytes(setup, "trainer.train()") / 2**20
+    lines = [f"SFT {'with' if packing else 'without'} packing: peak memory of training beyond the trainer (MB)"]
+    lines += [f"  {name:<10} {peak:>9.1f}" for name, peak in peaks.items()]
+    report(f"sft-memory{'-packing' if packing else ''}", lines, megabytes=peaks)
+    assert peaks["posttrain"] <= 0.7 * peaks["trl"]
