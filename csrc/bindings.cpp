@@ -37,11 +37,11 @@ void rms_norm_forward(int itemsize, address x, address residual, address weight,
 }
 
 void rms_norm_backward(int itemsize, address grad_y, address grad_sum, address sum, address weight, address rstd,
-                       address dx, address dw, address partial, int64_t rows, int64_t width) {
+                       address dx, address dw, address partial, address exact, int64_t rows, int64_t width) {
   by_size(itemsize, [=](auto t) {
     using T = decltype(t);
     POSTTRAIN_CALL(rms_norm_backward<T>, at<T>(grad_y), at<T>(grad_sum), at<T>(sum), at<T>(weight), at<T>(rstd),
-                   at<T>(dx), at<T>(dw), at<T>(partial), rows, width);
+                   at<T>(dx), at<T>(dw), at<T>(partial), at<double>(exact), rows, width);
   });
 }
 

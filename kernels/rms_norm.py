@@ -141,7 +141,7 @@ def rms_norm_backward(
             **tile,
             num_warps=WARPS,
         )
-    return grad_x, partial.sum(0).to(weight.dtype)
+    return grad_x, partial.sum(0, dtype=torch.float64).to(weight.dtype)
 
 
 def _forward_tile(width: int) -> dict[str, int]:

@@ -41,14 +41,41 @@ def assert_unbiased(
     assert abs(errors.mean().item()) <= bound, f"mean signed error {errors.mean().item():.3g}, allowed {bound:.3g}"
 
 
-def gradients(function: Callable[..., Tensor | Sequence[Tensor]], inputs: Sequence[Tensor], seed: int = 0):
-    """(outputs, gradients of `inputs`) of `function(*inputs)` for random output gradients, the same in every dtype."""
+def gradients(
+    function: Callable[..., Tensor | Sequence[Tensor]], inputs: Sequence[Tensor]
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Outputs and gradients of `function(*inputs)`, for output gradients that are the same numbers in every dtype."""
     leaves = [x.detach().requires_grad_() for x in inputs]
     result = function(*leaves)
     outputs = (result,) if isinstance(result, Tensor) else tuple(result)
-    generator = torch.Generator().manual_seed(seed)
-    incoming = [torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.device, y.dtype) for y in outputs]
+    generator = torch.Generator().manual_seed(len(outputs))
+    incoming = [
+        torch.randint(-32, 33, y.shape, generator=generator).to(y.device, y.dtype) / 16 for y in outputs
+    ]
     return tuple(y.detach() for y in outputs), torch.autograd.grad(outputs, leaves, incoming)
+
+
+def check(
+    op: Callable[..., Tensor | Sequence[Tensor]],
+    reference: Callable[..., Tensor | Sequence[Tensor]],
+    inputs: Sequence[Tensor],
+    peer: Callable[..., Tensor | Sequence[Tensor]] | None = None,
+) -> None:
+    """Outputs and gradients of `op` are true to `reference`; for half precision, `peer` is plain PyTorch's way."""
+    ours = [x for part in gradients(op, inputs) for x in part]
+    wide = torch.float32 if inputs[0].dtype in HALF else torch.float64
+    truths = [x for part in gradients(reference, [x.to(wide) for x in inputs]) for x in part]
+    if wide == torch.float64:
+        for result, truth in zip(ours, truths, strict=True):
+            assert_true_to(result, truth)
+        return
+    assert peer is not None
+    peers = [x for part in gradients(peer, inputs) for x in part]
+    for result, theirs, truth in zip(ours, peers, truths, strict=True):
+        if result.dtype in HALF:
+            assert_as_good_as(result, theirs, truth)
+        else:
+            assert_true_to(result, truth.double())
 
 
 def _distance(a: Tensor, b: Tensor) -> float:

@@ -49,30 +49,35 @@ struct Silu {
   Vec<T> slope() const { return s + x * s * (T(1) - s); }
 };
 
-// gelu(x) = x Phi(x) with Phi the normal distribution function.
+// gelu(x) = x Phi(x) with Phi the normal distribution function. What float leaves of a constant is added back: alone, it
+// would tilt all results to one side.
 template <class T>
 struct Gelu {
+  static constexpr double kPeak = 0.39894228040143267794;  // 1 / sqrt(2 pi)
+  static constexpr T kDensity = T(kPeak), kDensityLeft = T(kPeak - double(kDensity));
   Vec<T> bell, phi, x;
   explicit Gelu(Vec<T> x) : bell(exp(T(-0.5) * x * x)), x(x) {
     const Vec<T> tail = normal_tail(x < T(0) ? -x : x, bell);
     phi = x < T(0) ? tail : T(1) - tail;
   }
   Vec<T> value() const { return x * phi; }
-  Vec<T> slope() const { return phi + T(0.39894228040143267794) * x * bell; }
+  Vec<T> slope() const { return phi + (kDensity * (x * bell) + kDensityLeft * (x * bell)); }
 };
 
-// gelu(x) ~ x (1 + tanh(z / 2)) / 2 = x sigmoid(z) with z = c (x + 0.044715 x^3). The slope needs sigmoid(-z) = e s
-// without cancellation, since z' grows; so e = exp(-z) must stay finite.
+// gelu(x) ~ x (1 + tanh(z / 2)) / 2 = x sigmoid(z) with z = c x + k x^3. The slope needs sigmoid(-z) = e s without
+// cancellation, since z' grows; so e = exp(-z) must stay finite.
 template <class T>
 struct GeluTanh {
-  static constexpr T c = T(1.59576912160573071176);  // 2 sqrt(2 / pi)
-  Vec<T> e, s, x;
-  explicit GeluTanh(Vec<T> x) : x(x) {
-    e = exp(-max<T>(c * (x + T(0.044715) * x * x * x), splat(T(-88))));
+  static constexpr double kC = 1.59576912160573071176, kK = 0.044715 * kC;  // c = 2 sqrt(2 / pi)
+  static constexpr T c = T(kC), c_left = T(kC - double(c)), k = T(kK), k_left = T(kK - double(k));
+  Vec<T> e, s, x, x2;
+  explicit GeluTanh(Vec<T> x) : x(x), x2(x * x) {
+    const Vec<T> z = x * (c + (k * x2 + (k_left * x2 + c_left)));
+    e = exp(-max<T>(z, splat(T(-88))));
     s = T(1) / (T(1) + e);
   }
   Vec<T> value() const { return x * s; }
-  Vec<T> slope() const { return s + e * s * s * c * (x + T(0.134145) * x * x * x); }
+  Vec<T> slope() const { return s + e * s * s * x * (c + (T(3 * kK) * x2 + c_left)); }
 };
 
 // The rows of one call, cut into pieces; rows that follow each other directly count as one long row.

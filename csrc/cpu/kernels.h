@@ -10,10 +10,10 @@ void rms_norm_forward(const T* x, const T* residual, const T* weight, T* y, T* s
                       int64_t width, double eps);
 
 // dx = gradient of sum (grad_sum may be null), dw = gradient of weight.
-// `partial` is a workspace of rms_norm_blocks(rows) * width elements.
+// `partial` and `exact` are workspaces of rms_norm_blocks(rows) * width elements.
 template <class T>
 void rms_norm_backward(const T* grad_y, const T* grad_sum, const T* sum, const T* weight, const T* rstd, T* dx, T* dw,
-                       T* partial, int64_t rows, int64_t width);
+                       T* partial, double* exact, int64_t rows, int64_t width);
 int64_t rms_norm_blocks(int64_t rows);
 
 // Elements between neighbours of a view [batch, heads, tokens, width] whose last dimension is contiguous.

@@ -1,11 +1,14 @@
 // RMS norm with an optional fused residual add (posttrain/ops/rms_norm.py derives the gradient).
 //
 // A row is read once for the sum of squares and once more, from cache, for the output. The weight gradient is summed
-// per block of rows into a partial row, then over the blocks in order, so that it does not depend on the threads.
+// over a few rows at a time, then in double over each block of rows, then over the blocks in order: so it does not
+// depend on the threads, and stays exact over any number of rows.
 #include "cpu/kernels.h"
 #include "cpu/simd.h"
 
 namespace posttrain::POSTTRAIN_ISA {
+
+constexpr int64_t kFewRows = 16;
 
 int64_t rms_norm_blocks(int64_t rows) {
   const int64_t blocks = (rows + 31) / 32;
@@ -83,24 +86,30 @@ static void backward_row(const T* grad_y, const T* grad_sum, const T* row, const
 
 template <class T>
 void rms_norm_backward(const T* grad_y, const T* grad_sum, const T* sum, const T* weight, const T* rstd, T* dx, T* dw,
-                       T* partial, int64_t rows, int64_t width) {
+                       T* partial, double* exact, int64_t rows, int64_t width) {
   const int64_t blocks = rms_norm_blocks(rows);
 #pragma omp parallel for schedule(static) if (rows * width > 16384)
   for (int64_t b = 0; b < blocks; ++b) {
-    T* dw_block = partial + b * width;
-    for (int64_t j = 0; j < width; ++j) dw_block[j] = T(0);
-    for (int64_t i = rows * b / blocks; i < rows * (b + 1) / blocks; ++i)
+    T* few = partial + b * width;
+    double* all = exact + b * width;
+    for (int64_t j = 0; j < width; ++j) few[j] = T(0), all[j] = 0;
+    const int64_t begin = rows * b / blocks, end = rows * (b + 1) / blocks;
+    for (int64_t i = begin; i < end; ++i) {
       backward_row(grad_y + i * width, grad_sum ? grad_sum + i * width : nullptr, sum + i * width, weight, rstd[i],
-                   dx + i * width, dw_block, width);
+                   dx + i * width, few, width);
+      if ((i - begin) % kFewRows == kFewRows - 1 || i + 1 == end)
+        for (int64_t j = 0; j < width; ++j) all[j] += double(few[j]), few[j] = T(0);
+    }
   }
-  for (int64_t j = 0; j < width; ++j) dw[j] = T(0);
-  for (int64_t b = 0; b < blocks; ++b)
-    for (int64_t j = 0; j < width; ++j) dw[j] += partial[b * width + j];
+  for (int64_t b = 1; b < blocks; ++b)
+    for (int64_t j = 0; j < width; ++j) exact[j] += exact[b * width + j];
+  for (int64_t j = 0; j < width; ++j) dw[j] = blocks ? T(exact[j]) : T(0);
 }
 
 #define INSTANTIATE(T)                                                                                            \
   template void rms_norm_forward<T>(const T*, const T*, const T*, T*, T*, T*, int64_t, int64_t, double);           \
-  template void rms_norm_backward<T>(const T*, const T*, const T*, const T*, const T*, T*, T*, T*, int64_t, int64_t);
+  template void rms_norm_backward<T>(const T*, const T*, const T*, const T*, const T*, T*, T*, T*, double*, \
+                                     int64_t, int64_t);
 INSTANTIATE(float)
 INSTANTIATE(double)
 

@@ -76,7 +76,7 @@ inline T max_lane(Vec<T> v) {
   return m;
 }
 
-// e^x to about 1 ulp: x = n ln2 + r with |r| <= ln2/2, a degree-6 polynomial in r, and n added to the exponent in two
+// e^x to 2 ulp: x = n ln2 + r with |r| <= ln2/2, a degree-6 polynomial in r, and n added to the exponent in two
 // halves so that results near the ends of the range stay right. Below -103.98 the result is 0, above 88.73 infinity.
 inline Vec<float> exp(Vec<float> x) {
   const Vec<float> clamped = max<float>(splat(-104.0f), x < 89.0f ? x : splat(89.0f));
@@ -105,7 +105,7 @@ inline Vec<double> exp(Vec<double> x) {
   return y;
 }
 
-// tanh x: an odd polynomial near 0, where 1 - 2 / (e^2x + 1) would cancel, and that formula elsewhere.
+// tanh x to 3 ulp: an odd polynomial near 0, where 1 - 2 / (e^2x + 1) would cancel, and that formula elsewhere.
 inline Vec<float> tanh(Vec<float> x) {
   const Vec<float> x2 = x * x;
   Vec<float> p = splat(-5.70498872745e-3f);

@@ -145,6 +145,7 @@ def _cpu_backward(grad_y, grad_total, total, weight, rstd):
     rows, width = rstd.numel(), total.shape[-1]
     grad_x, grad_weight = torch.empty_like(total), total.new_empty(width)
     partial = total.new_empty(_C.rms_norm_blocks(rows), width)
+    exact = torch.empty_like(partial, dtype=torch.float64)
     _C.rms_norm_backward(
         total.itemsize,
         grad_y.data_ptr(),
@@ -155,6 +156,7 @@ def _cpu_backward(grad_y, grad_total, total, weight, rstd):
         grad_x.data_ptr(),
         grad_weight.data_ptr(),
         partial.data_ptr(),
+        exact.data_ptr(),
         rows,
         width,
     )

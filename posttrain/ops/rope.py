@@ -69,10 +69,10 @@ def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int) -
     if (k.dtype, k.device) != (q.dtype, q.device):
         raise ValueError(f"rope: q is {q.dtype} on {q.device}, k {k.dtype} on {k.device}")
     *batch, tokens, width = heads_apart
-    shared = [[*batch, tokens], [1] * len(batch) + [tokens]]
-    if list(cos.shape[:-1]) not in shared or cos.shape != sin.shape:
+    if cos.shape != sin.shape or list(cos.shape[:-1]) not in ([*batch, tokens], [*([1] * len(batch)), tokens]):
+        shape = ", ".join(map(str, [*batch, tokens, "R"]))
         raise ValueError(
-            f"rope: cos and sin must be {[*batch, tokens]} + [R] or {shared[1]} + [R] for q {list(q.shape)}; "
+            f"rope: cos and sin must be [{shape}] for q {list(q.shape)} (the batch may be 1); "
             f"got {list(cos.shape)} and {list(sin.shape)}"
         )
     if cos.shape[-1] % 2 or cos.shape[-1] > width:
@@ -101,7 +101,7 @@ def _gradient(
 
 
 def _heads_inside(x: Tensor, heads_dim: int) -> bool:
-    return x.stride(heads_dim) < x.stride(-5 - heads_dim)
+    return bool(x.stride(heads_dim) < x.stride(-5 - heads_dim))
 
 
 def _empty(x: Tensor, heads_dim: int, heads_inside: bool) -> Tensor:

@@ -1,0 +1,65 @@
+"""What gets installed: posttrain with its kernels inside, nothing else; and sources that compile without x86."""
+
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+_ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.slow
+def test_wheel_has_the_right_files_and_works_from_elsewhere(tmp_path) -> None:
+    pip = [sys.executable, "-m", "pip"]
+    quiet = ["--quiet", "--disable-pip-version-check", "--no-deps"]
+    build = ["-Cbuild-dir=" + str(tmp_path / "build"), "-Ccmake.define.POSTTRAIN_CUDA=OFF"]
+    subprocess.run([*pip, "wheel", str(_ROOT), *quiet, "--no-build-isolation", "-w", tmp_path, *build], check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    roots = {name.split("/")[0] for name in names}
+    assert {root for root in roots if not root.endswith(".dist-info")} == {"posttrain"}
+    for source in (_ROOT / "kernels").glob("*.py"):
+        assert f"posttrain/kernels/{source.name}" in names
+    for source in (_ROOT / "posttrain").rglob("*.py"):
+        assert str(source.relative_to(_ROOT)) in names
+
+    target = tmp_path / "site"
+    subprocess.run([*pip, "install", str(wheel), *quiet, "--target", target], check=True)
+    code = (
+        "import sys; sys.meta_path = [f for f in sys.meta_path if 'ditable' not in type(f).__name__]; "
+        "import posttrain.kernels.rms_norm, torch; from posttrain import ops; "
+        "y = ops.rms_norm(torch.ones(2, 8), torch.ones(8)); assert ops.backend_for('rms_norm', y) == 'cpu'; "
+        "assert torch.allclose(y, torch.ones(2, 8)); print(posttrain.__file__)"
+    )
+    environment = {"PYTHONPATH": str(target), "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip().startswith(str(target))
+
+
+def test_sources_use_no_unguarded_x86_header() -> None:
+    """A line that includes an intrinsics header lies inside an #if that names an x86 macro."""
+    for source in (_ROOT / "csrc").rglob("*.*"):
+        guards: list[str] = []
+        for number, line in enumerate(source.read_text().splitlines(), start=1):
+            if re.match(r"\s*#\s*if", line):
+                guards.append(line)
+            elif re.match(r"\s*#\s*endif", line):
+                guards.pop()
+            if re.search(r"#\s*include\s*<(\w*intrin|cpuid)\.h>", line):
+                assert any(re.search(r"x86|_M_X64|AVX|SSE", guard) for guard in guards), f"{source}:{number}"
+
+
+@pytest.mark.parametrize("compiler", ["aarch64-linux-gnu-g++"])
+def test_cpu_kernels_compile_for_arm(compiler) -> None:
+    if shutil.which(compiler) is None:
+        pytest.skip(f"no {compiler}")
+    options = ["-std=gnu++17", "-O1", "-fsyntax-only", "-fopenmp", "-DPOSTTRAIN_ISA=baseline", f"-I{_ROOT / 'csrc'}"]
+    for source in sorted((_ROOT / "csrc" / "cpu").glob("*.cpp")):
+        subprocess.run([compiler, *options, str(source)], check=True)
