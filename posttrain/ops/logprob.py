@@ -79,7 +79,7 @@ def linear_logprob(
         temperature: divides the logits.
         softcap: squashes the logits to `(-softcap, softcap)` before the temperature (Gemma 2).
         logit_scale: multiplies the raw logits.
-        lora: (A `[R, H]`, B `[V, R]`, scaling), an adapter on the head; never merged.
+        lora: (A `[R, H]`, B `[V, R]`, scaling), an adapter on the head; never merged. Computed in hidden's dtype.
         need_entropy: also compute the entropy.
         memory_budget: bytes of workspace, beyond inputs, outputs, gradients and one `[M, H]` of saved state.
 
@@ -92,6 +92,8 @@ def linear_logprob(
             of range is a device-side assertion instead, since looking at it would stall.
     """
     lora_a, lora_b, scaling = lora or (None, None, 1.0)
+    if lora_a is not None and lora_b is not None:  # adapters are often kept in float32 beside a bfloat16 head
+        lora_a, lora_b = lora_a.to(hidden.dtype), lora_b.to(hidden.dtype)
     _check(hidden, weight, targets, rows, bias, lora_a, lora_b, temperature, softcap)
     backend = backend_for("linear_logprob", hidden)
     if backend == "reference":

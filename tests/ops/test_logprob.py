@@ -222,6 +222,16 @@ def test_confident_tokens_keep_their_digits():
     torch.testing.assert_close(hidden.grad[:, 0], torch.exp(-gap), rtol=1e-4, atol=0)
 
 
+def test_float32_adapter_beside_a_half_precision_head():
+    case = Case()
+    hidden, weight = case.hidden.bfloat16(), case.weight.bfloat16()
+    lora_a, lora_b = case.lora_a.float().requires_grad_(), case.lora_b.float().requires_grad_()
+    ours = linear_logprob(hidden, weight, case.targets, rows=case.rows, lora=(lora_a, lora_b, 0.5)).logprob
+    rounded = (lora_a.bfloat16(), lora_b.bfloat16(), 0.5)
+    assert torch.equal(ours, linear_logprob(hidden, weight, case.targets, rows=case.rows, lora=rounded).logprob)
+    assert all(g.dtype == torch.float32 for g in torch.autograd.grad(ours.sum(), (lora_a, lora_b)))
+
+
 def test_no_bias_over_seeds():
     def error_source(op, dtype):
         def run(seed):
