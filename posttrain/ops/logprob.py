@@ -281,7 +281,8 @@ _PROBLEM = (
 _linear_logprob_backward = define(
     "linear_logprob_backward",
     "(Tensor? grad_logprob, Tensor? grad_entropy, Tensor? grad_lse, Tensor logprob, Tensor entropy, Tensor lse, "
-    f"Tensor lse_low, Tensor saved, {_PROBLEM}, bool[] needs, str save, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"Tensor lse_low, Tensor saved, {_PROBLEM}, bool[] needs, str save, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _gradient,
     _fake_gradient,
 )

@@ -259,7 +259,7 @@ def test_backends():
         assert backend_for("linear_logprob", x) == "reference"
         Case().check(torch.float64)
     if not torch.cuda.is_available():
-        with use_backend("cuda"), pytest.raises(BackendError, match="CUDA kernels|on cpu"):
+        with use_backend("cuda"), pytest.raises(BackendError, match=r"CUDA kernels|on cpu"):
             linear_logprob(x, torch.zeros(3, 4), torch.zeros(2, dtype=torch.int64))
 
 
