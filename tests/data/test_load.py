@@ -5,12 +5,13 @@ import logging
 import subprocess
 import sys
 
-import datasets
-import pyarrow
-import pyarrow.parquet
 import pytest
 
 from posttrain.data import DataError, load_rows
+
+pyarrow = pytest.importorskip("pyarrow")
+parquet = pytest.importorskip("pyarrow.parquet")
+datasets = pytest.importorskip("datasets")
 
 ROWS = [{"text": "one"}, {"text": 'two, "quoted"\nlines é'}, {"text": "three"}]
 
@@ -28,7 +29,7 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path):
         write(tmp_path / "d.csv", 'text\none\n"two, ""quoted""\nlines é"\n\nthree\n'),
         tmp_path / "e.parquet",
     ]
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), sources[-1])
+    parquet.write_table(pyarrow.Table.from_pylist(ROWS), sources[-1])
     for source in [*sources, *map(str, sources), ROWS, datasets.Dataset.from_list(ROWS)]:
         assert list(load_rows(source)) == ROWS
     assert load_rows(sources[0]).where(1) == f"{sources[0]}, line 3"

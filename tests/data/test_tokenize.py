@@ -3,7 +3,6 @@
 import logging
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pytest
 
@@ -42,9 +41,10 @@ TRL_CASES = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing. is deprecated:FutureWarning")
 @pytest.mark.parametrize(("rows", "options"), TRL_CASES.values(), ids=TRL_CASES)
 def test_tokens_and_targets_equal_those_of_trl(rows, options, tokenizer, tmp_path):
-    trl = pytest.importorskip("trl")
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     model = Qwen3ForCausalLM(
