@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from posttrain.data import PackedBatch
 from posttrain.objectives import Loss
@@ -98,14 +98,15 @@ class Loop:
         ):
             self.history = log.history
             for step in range(first + 1, self.num_steps + 1):
-                self._train_step(step, log, progress)
+                norm = self._train_step(step)
+                progress.advance(step)
+                self._after_step(step, norm, log, progress)
                 if interrupt.asked and step < self.num_steps:
                     raise Interrupted(self._save(step))
-            if self.eval_source is not None:
-                self._evaluate_into(log, progress, self.num_steps)
+            folder = self._save(self.num_steps)
         plot_metrics(self.history, self.output_dir / "metrics.png")
         final_loss = next(record["loss"] for record in reversed(self.history) if "loss" in record)
-        return TrainResult(self.num_steps, final_loss, self._save(self.num_steps))
+        return TrainResult(self.num_steps, final_loss, folder)
 
     def evaluate(self) -> dict[str, float]:
         """The metrics over the whole evaluation set, as `eval_<name>`."""
@@ -118,8 +119,8 @@ class Loop:
                 window.add(self.loss(self.model, batch.to(self.device), everything).metrics)
         return {f"eval_{name}": value for name, value in window.totals().items()}
 
-    def _train_step(self, step: int, log: MetricsLog, progress: Progress) -> None:
-        config = self.config
+    def _train_step(self, step: int) -> Tensor:
+        """Optimizer step `step`, counted from 1. Returns the gradient's norm."""
         started = time.perf_counter()
         data = self.source.step(step - 1)
         self.model.train()
@@ -127,26 +128,28 @@ class Loop:
             loss = self.loss(self.model, batch.to(self.device), data)
             loss.value.backward()
             self._window.add(loss.metrics)
-        rate = config.learning_rate * learning_rate_factor(
-            config.lr_scheduler_type, step - 1, self.num_steps, self._num_warmup
-        )
-        norm = self._optimizer.step(rate)
+        norm = self._optimizer.step(self._learning_rate(step))
         self._window.end_step()
         self._num_tokens += data.num_tokens
         self._speed.add(time.perf_counter() - started, data.num_tokens)
-        progress.advance(step)
+        return norm
 
-        if step % config.logging_steps == 0 or step == self.num_steps:
+    def _learning_rate(self, step: int) -> float:
+        kind = self.config.lr_scheduler_type
+        return self.config.learning_rate * learning_rate_factor(kind, step - 1, self.num_steps, self._num_warmup)
+
+    def _after_step(self, step: int, norm: Tensor, log: MetricsLog, progress: Progress) -> None:
+        """Log, evaluate and save, as far as it is time to."""
+        config, last = self.config, step == self.num_steps
+        if step % config.logging_steps == 0 or last:
             record = {"step": step, "epoch": step / self.source.steps_per_epoch, **self._window.take()}
-            record |= {"grad_norm": norm.item(), "learning_rate": rate, "num_tokens": self._num_tokens}
-            record |= self._speed.take()
+            record |= {"grad_norm": norm.item(), "learning_rate": self._learning_rate(step)}
+            record |= {"num_tokens": self._num_tokens, **self._speed.take()}
             log.write(record)
             progress.report(step, record)
-        if step == self.num_steps:
-            return
-        if self.eval_source and config.eval_steps and step % config.eval_steps == 0:
+        if self.eval_source is not None and (last or (config.eval_steps and step % config.eval_steps == 0)):
             self._evaluate_into(log, progress, step)
-        if config.save_steps and step % config.save_steps == 0:
+        if config.save_steps and step % config.save_steps == 0 and not last:
             self._save(step)
 
     def _evaluate_into(self, log: MetricsLog, progress: Progress, step: int) -> None:
