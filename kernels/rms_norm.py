@@ -145,13 +145,13 @@ def rms_norm_backward(
 
 
 def _forward_tile(width: int) -> dict[str, int]:
-    chunk = min(triton.next_power_of_2(width), 4096)
+    chunk = min(triton.next_power_of_2(max(width, 1)), 4096)
     return {"ROWS": 4096 // chunk, "CHUNK": chunk}
 
 
 def _backward_tile(width: int) -> dict[str, int]:
     """More rows and fewer columns than in the forward: fewer partial rows."""
-    chunk = min(triton.next_power_of_2(width), 256)
+    chunk = min(triton.next_power_of_2(max(width, 1)), 256)
     return {"ROWS": 4096 // chunk, "CHUNK": chunk}
 
 

@@ -5,6 +5,7 @@ has a function `ahead_of_time()` that yields `AheadOfTime` tuples, its kernels w
 
     (name, jit function, signature {argument: type}, constexprs {argument: value}, options {"num_warps": ...})
 
+An option "capability" says that these block sizes are for one architecture; otherwise all of them are compiled.
 A type is written as Triton writes it, with `:16` for what is a multiple of 16: `*bf16:16`, `i32:16`, `i64`, `fp32`.
 """
 
@@ -60,7 +61,9 @@ def main(modules: list[str]) -> None:
     """Print one JSON object per kernel and architecture of these modules of posttrain.kernels, or of all."""
     for module in modules or [found.name for found in pkgutil.iter_modules(posttrain.kernels.__path__)]:
         for entry in import_module(f"posttrain.kernels.{module}").ahead_of_time():
-            for capability in SHARED_MEMORY:
+            options = entry[-1]
+            only = options.pop("capability", None)
+            for capability in SHARED_MEMORY if only is None else (only,):
                 print(json.dumps({"module": module, **report(capability, entry)}), flush=True)
 
 

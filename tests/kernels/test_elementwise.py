@@ -13,8 +13,19 @@ from posttrain import ops
 from posttrain.ops import reference
 
 pytestmark = [pytest.mark.usefixtures("poison"), pytest.mark.filterwarnings("ignore:overflow encountered")]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-each_dtype = pytest.mark.parametrize("dtype", DTYPES)
+each_dtype = pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.float32,
+        torch.float16,
+        pytest.param(
+            torch.bfloat16,
+            marks=pytest.mark.skipif(
+                not torch.cuda.is_available(), reason="Triton's interpreter truncates to bfloat16 instead of rounding"
+            ),
+        ),
+    ],
+)
 
 
 @pytest.fixture(autouse=True)
