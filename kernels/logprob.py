@@ -5,8 +5,8 @@ tile of logits in registers and folds it into the statistics of the tokens other
 
     m = max z_v,   s = sum e^(z_v - m),   t = sum (z_v - m) e^(z_v - m)
 
-A second kernel merges the splits in order. Tiles, splits and that order depend on the vocabulary only, so a target's
-results have the same bits alone and in a batch, with and without a gradient.
+A second kernel merges the splits in order. Tiles, splits and that order don't depend on how many targets there are, so
+a target's results have the same bits alone and in a batch, and with or without a gradient.
 
 Saved state of a frozen head ("unit"): u = d logprob / dx = q W_y - sum over v != y of p_v W_v, with q = 1 - p_y. The
 statistics kernel also writes P = e^(z_v - r) for a slab of the vocabulary, and a library GEMM adds P W to u. The
@@ -45,19 +45,24 @@ TILES = 4  # column tiles in a split
 GROUP = 16  # blocks of targets that share a split's weights while those are in L2
 HEADROOM = {torch.float16: 10.0, torch.bfloat16: 40.0, torch.float32: 40.0}  # e^10 < 65504
 
-HALF_BLOCKS = {
+# Compute capability -> tiles for half precision. A bias, a softcap or the entropy takes registers: then NARROW.
+WIDE = {
     80: Blocks(128, 128, 64, 8, 3),
     86: Blocks(128, 128, 32, 8, 3),
-    89: Blocks(128, 128, 32, 8, 3),
     90: Blocks(128, 256, 64, 8, 3),
-    100: Blocks(128, 256, 64, 8, 3),
     120: Blocks(128, 128, 32, 8, 3),
+}
+NARROW = {
+    80: Blocks(128, 64, 32, 4, 3),
+    90: Blocks(128, 128, 64, 8, 4),
+    100: Blocks(128, 64, 64, 4, 4),
+    120: Blocks(64, 64, 32, 4, 3),
 }
 FLOAT_BLOCKS = Blocks(64, 64, 32, 8, 2)
 INTERPRETER_BLOCKS = Blocks(16, 16, 16, 4, 1)
 
 _IGNORED = tl.constexpr(IGNORED)
-_LOWEST = tl.constexpr(-1e4)  # stands for log 0 in products with 0
+_LOWEST = tl.constexpr(-1e30)  # stands for a logit of -infinity: products with 0 stay 0, differences stay numbers
 
 
 @triton.jit
@@ -97,11 +102,10 @@ def _scaled(raw, inner, outer, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def _slope(z, outer, SOFTCAP: tl.constexpr):
+def _slope(z, outer):
     """Derivative of the cap, 1 - tanh^2, from z."""
-    if SOFTCAP:
-        return 1.0 - (z / outer) * (z / outer)
-    return tl.full(z.shape, 1.0, tl.float32)
+    th = z * (1.0 / outer)
+    return 1.0 - th * th
 
 
 @triton.jit
@@ -113,6 +117,13 @@ def _place(num_row_blocks, num_columns, GROUP: tl.constexpr):
     size = tl.minimum(num_row_blocks - first, GROUP)
     within = program - group * GROUP * num_columns
     return first + within % size, within // size
+
+
+@triton.jit
+def _slab_tile(slab_ptr, row_block, tile, stride, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr):
+    """Addresses of a tile of a slab: a 64-bit start and 32-bit offsets."""
+    start = slab_ptr + tl.cast(row_block, tl.int64) * BLOCK_M * stride + tile * BLOCK_V
+    return start + tl.arange(0, BLOCK_M)[:, None] * stride + tl.arange(0, BLOCK_V)[None, :]
 
 
 @triton.jit
@@ -172,7 +183,8 @@ def _logits(
             b = tl.load(lora_b_ptr + b_offset, mask=rank[:, None] < R - start, other=0.0)
             raw = tl.dot(low, b, raw, input_precision="ieee")
     if bias_ptr is not None:
-        raw += tl.load(bias_ptr + first_column + column).to(tl.float32)[None, :]
+        bias = tl.load(bias_ptr + first_column + column).to(tl.float32)
+        raw += tl.maximum(bias, _LOWEST)[None, :]
     return _scaled(raw, inner, outer, SOFTCAP)
 
 
@@ -180,11 +192,10 @@ def _logits(
 def _merge(m1, s1, t1, m2, s2, t2, ENTROPY: tl.constexpr):
     """Statistics of two disjoint sets of tokens, as those of their union. The fma leaves the compiler no choice."""
     top = tl.maximum(m1, m2)
-    shift = tl.where(top == float("-inf"), 0.0, top)
-    f1, f2 = tl.exp(m1 - shift), tl.exp(m2 - shift)
+    f1, f2 = tl.exp(m1 - top), tl.exp(m2 - top)
     if ENTROPY:
-        t1 = tl.fma(tl.maximum(m1 - shift, _LOWEST), s1, t1)
-        t2 = tl.fma(tl.maximum(m2 - shift, _LOWEST), s2, t2)
+        t1 = tl.fma(m1 - top, s1, t1)
+        t2 = tl.fma(m2 - top, s2, t2)
         t1 = tl.fma(t1, f1, t2 * f2)
     return top, tl.fma(s1, f1, s2 * f2), t1
 
@@ -201,8 +212,7 @@ def _statistics_kernel(
     m_ptr,  # [splits, M], as s and t
     s_ptr,
     t_ptr,
-    z_target_ptr,  # [M]
-    p_ptr,  # [M, p_stride], one slab of unnormalised probabilities, or None
+    p_ptr,  # [M rounded up to BLOCK_M, p_stride], one slab of unnormalised probabilities, or None
     reference_ptr,  # [M], the r that each target begins the slab with
     tile_reference_ptr,  # [tiles of the slab, M], the r of each tile
     M,
@@ -237,10 +247,9 @@ def _statistics_kernel(
     last_tile = tl.minimum(first_tile + TILES, tl.cdiv(V, BLOCK_V))
     if tl.max(counts.to(tl.int32)) > 0:
         row = _hidden_rows(rows_ptr, m, inside)
-        top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+        top = tl.full((BLOCK_M,), _LOWEST, tl.float32)
         s = tl.zeros((BLOCK_M,), tl.float32)
         t = tl.zeros((BLOCK_M,), tl.float32)
-        z_target = tl.zeros((BLOCK_M,), tl.float32)
         if p_ptr is not None:
             reference = tl.load(reference_ptr + m, mask=inside, other=0.0)
         for tile in range(first_tile, last_tile):
@@ -268,37 +277,31 @@ def _statistics_kernel(
                 EVEN_H,
             )
             column = tile * BLOCK_V + tl.arange(0, BLOCK_V)
-            is_target = column[None, :] == y[:, None]
-            z_target += tl.sum(tl.where(is_target, z, 0.0), 1)
-            others = tl.where(is_target | (column >= V)[None, :], float("-inf"), z)
+            others = tl.where((column[None, :] == y[:, None]) | (column >= V)[None, :], _LOWEST, z)
             tile_top = tl.max(others, 1)
-            shifted = others - tl.where(tile_top == float("-inf"), 0.0, tile_top)[:, None]
-            e = tl.exp(shifted)
+            e = tl.exp(others - tile_top[:, None])
             tile_s = tl.sum(e, 1)
-            tile_t = tl.sum(e * tl.maximum(shifted, _LOWEST), 1) if ENTROPY else tile_s
+            tile_t = tl.sum(e * (others - tile_top[:, None]), 1) if ENTROPY else tile_s
             top, s, t = _merge(top, s, t, tile_top, tile_s, tile_t, ENTROPY)
             if p_ptr is not None:
                 reference = tl.where(tile_top > reference + headroom, tile_top, reference)
                 slab_tile = tile - first_split * TILES
                 tl.store(tile_reference_ptr + slab_tile * M + m, reference, mask=inside)
-                p = e * tl.exp(tile_top - reference)[:, None] * _slope(z, outer, SOFTCAP)
-                offset = m.to(tl.int64)[:, None] * p_stride + slab_tile * BLOCK_V + tl.arange(0, BLOCK_V)[None, :]
-                p = tl.where(counts[:, None], p, 0.0).to(p_ptr.dtype.element_ty)
-                tl.store(p_ptr + offset, p, mask=inside[:, None] & (column < V)[None, :])
+                p = e * tl.where(counts, tl.exp(tile_top - reference), 0.0)[:, None]
+                if SOFTCAP:
+                    p *= _slope(tl.maximum(others, -outer), outer)
+                place = _slab_tile(p_ptr, row_block, slab_tile, p_stride, BLOCK_M, BLOCK_V)
+                tl.store(place, p.to(p_ptr.dtype.element_ty))
         partial = split.to(tl.int64) * M + m
         tl.store(m_ptr + partial, top, mask=inside)
         tl.store(s_ptr + partial, s, mask=inside)
         if ENTROPY:
             tl.store(t_ptr + partial, t, mask=inside)
-        has_target = (y >= first_tile * BLOCK_V) & (y < tl.minimum(last_tile * BLOCK_V, V))
-        tl.store(z_target_ptr + m, z_target, mask=inside & has_target)
     elif p_ptr is not None:
         nothing = tl.zeros((BLOCK_M, BLOCK_V), p_ptr.dtype.element_ty)
         for tile in range(first_tile, last_tile):
             slab_tile = tile - first_split * TILES
-            column = tile * BLOCK_V + tl.arange(0, BLOCK_V)
-            offset = m.to(tl.int64)[:, None] * p_stride + slab_tile * BLOCK_V + tl.arange(0, BLOCK_V)[None, :]
-            tl.store(p_ptr + offset, nothing, mask=inside[:, None] & (column < V)[None, :])
+            tl.store(_slab_tile(p_ptr, row_block, slab_tile, p_stride, BLOCK_M, BLOCK_V), nothing)
             unchanged = tl.load(reference_ptr + m, mask=inside, other=0.0)
             tl.store(tile_reference_ptr + slab_tile * M + m, unchanged, mask=inside)
 
@@ -326,7 +329,7 @@ def _combine_kernel(
     inside = i < M
     y = tl.load(targets_ptr + i, mask=inside, other=_IGNORED)
     counts = y != _IGNORED
-    top = tl.full((BLOCK,), float("-inf"), tl.float32)
+    top = tl.full((BLOCK,), _LOWEST, tl.float32)
     s = tl.zeros((BLOCK,), tl.float32)
     t = tl.zeros((BLOCK,), tl.float32)
     for split in range(num_splits):
@@ -336,8 +339,8 @@ def _combine_kernel(
         split_t = tl.load(t_ptr + partial, mask=counts, other=0.0) if ENTROPY else split_s
         top, s, t = _merge(top, s, t, split_top, split_s, split_t, ENTROPY)
     z = tl.load(z_target_ptr + i, mask=counts & (y >= 0) & (y < V), other=float("nan"))
-    alone = s == 0.0
-    log_s = tl.where(alone, float("-inf"), tl.log(tl.where(alone, 1.0, s)))
+    s = tl.where(counts, s, 1.0)
+    log_s = tl.log(s)
     d = (top - z) + log_s
     small = tl.exp(-tl.abs(d))
     bend = _log1p(small)
@@ -349,8 +352,7 @@ def _combine_kernel(
     tl.store(is_top1_ptr + i, (counts & (z >= top)).to(tl.uint8), mask=inside)
     if ENTROPY:
         log_q = -(tl.maximum(-d, 0.0) + bend)
-        among_others = tl.where(alone, 0.0, log_s - t / tl.where(alone, 1.0, s) - log_q)
-        entropy = q * among_others - tl.exp(logprob) * tl.maximum(logprob, _LOWEST)
+        entropy = q * (log_s - t / s - log_q) - tl.exp(logprob) * tl.maximum(logprob, _LOWEST)
         tl.store(entropy_ptr + i, tl.where(counts, entropy, 0.0), mask=inside)
     if others_ptr is not None:
         tl.store(others_ptr + i, q, mask=inside)
@@ -424,7 +426,9 @@ def _finish_unit_kernel(
     reference = tl.load(reference_ptr + m, mask=counts, other=0.0)
     logprob = tl.load(logprob_ptr + m, mask=counts, other=0.0)
     q = tl.load(others_ptr + m, mask=counts, other=0.0)
-    toward = scale * q * _slope(z, outer, SOFTCAP)
+    toward = scale * q
+    if SOFTCAP:
+        toward *= _slope(z, outer)
     away = scale * tl.exp((reference - z) + logprob)
     offset = m.to(tl.int64)[:, None] * H + h[None, :]
     mask = inside[:, None] & (h < H)[None, :]
@@ -460,7 +464,7 @@ def _target_logit_kernel(
     BLOCK_K: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):
-    """z_y of every target; 0 for one that is skipped."""
+    """z_y of every target, 0 for one that is skipped. The reference r begins here, and the sums leave y out."""
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = m < M
     y = tl.load(targets_ptr + m, mask=inside, other=_IGNORED)
@@ -499,7 +503,7 @@ def _gradient_kernel(
     common_ptr,  # g_lse - g_logprob - g_entropy entropy
     grad_target_ptr,  # dz_y
     grad_entropy_ptr,  # or None
-    d_ptr,  # [M, d_stride], gradient of one slab of raw logits
+    d_ptr,  # [M rounded up to BLOCK_M, d_stride], gradient of one slab of raw logits
     M,
     V,
     H,
@@ -509,7 +513,6 @@ def _gradient_kernel(
     d_stride,
     inner,
     outer,
-    scale,
     first_tile,
     num_tiles,
     BLOCK_M: tl.constexpr,
@@ -527,8 +530,7 @@ def _gradient_kernel(
     counts = y != _IGNORED
     first_column = (first_tile + slab_tile) * BLOCK_V
     column = first_column + tl.arange(0, BLOCK_V)
-    offset = m.to(tl.int64)[:, None] * d_stride + slab_tile * BLOCK_V + tl.arange(0, BLOCK_V)[None, :]
-    mask = inside[:, None] & (column < V)[None, :]
+    place = _slab_tile(d_ptr, row_block, slab_tile, d_stride, BLOCK_M, BLOCK_V)
     if tl.max(counts.to(tl.int32)) > 0:
         z = _logits(
             hidden_ptr,
@@ -558,15 +560,18 @@ def _gradient_kernel(
         common = tl.load(common_ptr + m, mask=counts, other=0.0)
         at_target = tl.load(grad_target_ptr + m, mask=counts, other=0.0)
         log_p = (z - z_target[:, None]) + logprob[:, None]
-        pull = tl.broadcast_to(common[:, None], (BLOCK_M, BLOCK_V))
         if grad_entropy_ptr is not None:
             grad_entropy = tl.load(grad_entropy_ptr + m, mask=counts, other=0.0)
-            pull -= grad_entropy[:, None] * tl.maximum(log_p, _LOWEST)
-        d = tl.where(column[None, :] == y[:, None], at_target[:, None], tl.exp(log_p) * pull)
-        d = tl.where(counts[:, None], d * (scale * _slope(z, outer, SOFTCAP)), 0.0)
-        tl.store(d_ptr + offset, d.to(d_ptr.dtype.element_ty), mask=mask)
+            d = tl.exp(log_p) * (common[:, None] - grad_entropy[:, None] * log_p)
+        else:
+            d = tl.exp(log_p) * common[:, None]
+        d = tl.where(column[None, :] == y[:, None], at_target[:, None], d)
+        if SOFTCAP:
+            d *= _slope(z, outer)
+        d = tl.where(counts[:, None], d, 0.0)
+        tl.store(place, d.to(d_ptr.dtype.element_ty))
     else:
-        tl.store(d_ptr + offset, tl.zeros((BLOCK_M, BLOCK_V), d_ptr.dtype.element_ty), mask=mask)
+        tl.store(place, tl.zeros((BLOCK_M, BLOCK_V), d_ptr.dtype.element_ty))
 
 
 @triton.jit
@@ -641,10 +646,11 @@ def logprob_forward(p: Problem, save: str) -> tuple[Tensor, Tensor, Tensor, Tens
     with _device(p):
         if save == "unit":
             for part in _parts(p):
-                _forward_with_unit(_part(p, part), unit[part], *(x[part] for x in results))
+                _forward_with_unit(_part(p, part), unit[part], *(x[part] if len(x) else x for x in results))
         elif size:
-            partials = _Partials.empty(p)
-            _statistics(p, partials, _low(p))
+            low = _low(p)
+            partials = _Partials.empty(p, _target_logits(p, low))
+            _statistics(p, partials, low)
             _combine(p, partials, *results)
     return logprob, entropy, lse, is_top1.view(torch.bool), unit
 
@@ -662,13 +668,11 @@ def logprob_backward(
     """The gradients, from logits that are computed again slab by slab."""
     p = _row_major(p)
     size, width = len(p.targets), p.hidden.shape[1]
-    wide = {"dtype": torch.float32, "device": p.hidden.device}
     with _device(p):
         low = _low(p)
-        x = _gathered(p) if needs.weight else None
-        grad_x = torch.zeros((size, width), **wide) if needs.hidden else None
-        low_needed = p.lora_a is not None and (needs.hidden or needs.lora)
-        grad_low = torch.zeros((size, len(p.lora_a)), **wide) if p.lora_a is not None and low_needed else None
+        grad_x = p.hidden.new_zeros((size, width), dtype=torch.float32) if needs.hidden else None
+        grad_low = None if low is None else low.new_zeros(low.shape, dtype=torch.float32)
+        x = _gathered(p) if needs.weight or needs.lora else p.hidden
         grad_weight = torch.empty_like(p.weight) if needs.weight else None
         grad_bias = torch.empty_like(p.bias) if p.bias is not None and needs.bias else None
         grad_b = torch.empty_like(p.lora_b) if p.lora_b is not None and needs.lora else None
@@ -679,11 +683,16 @@ def logprob_backward(
                 torch.mm(d.T, x, out=grad_weight[columns])
             if grad_bias is not None:
                 grad_bias[columns] = d.sum(0, dtype=torch.float32)
-            if grad_low is not None:
+            if low is not None and grad_low is not None and p.lora_b is not None:
                 _accumulate(grad_low, d, p.lora_b[columns])
-            if grad_b is not None:
-                torch.mm(d.T, low, out=grad_b[columns])
-        grad_a = _through_projection(p, grad_low, grad_x, needs)
+                if grad_b is not None:
+                    torch.mm(d.T, low, out=grad_b[columns])
+        grad_a = None
+        if p.lora_a is not None and grad_low is not None:
+            grad_low = (grad_low * p.lora_scaling).to(p.hidden.dtype)
+            if grad_x is not None:
+                _accumulate(grad_x, grad_low, p.lora_a)
+            grad_a = torch.mm(grad_low.T, x) if needs.lora else None
         grad_hidden = None if grad_x is None else _to_rows(p, grad_x)
     return Grads(grad_hidden, grad_weight, grad_bias, grad_a, grad_b)
 
@@ -703,25 +712,35 @@ class _Partials(NamedTuple):
     z_target: Tensor  # [M]
 
     @staticmethod
-    def empty(p: Problem) -> "_Partials":
+    def empty(p: Problem, z_target: Tensor) -> "_Partials":
         shape = (triton.cdiv(len(p.weight), _split_width(p)), len(p.targets))
-        m, s, z_target = (p.hidden.new_empty(n, dtype=torch.float32) for n in (shape, shape, shape[1]))
+        m, s = z_target.new_empty(shape), z_target.new_empty(shape)
         return _Partials(m, s, torch.empty_like(m) if p.need_entropy else None, z_target)
 
 
-def blocks(device: torch.device, dtype: torch.dtype) -> Blocks:
-    """Tile sizes for a device and a dtype."""
-    if device.type != "cuda":
+def blocks(p: Problem) -> Blocks:
+    """Tile sizes for a problem: they depend on the device, the dtype and the features, never on M."""
+    if not p.hidden.is_cuda:
         return INTERPRETER_BLOCKS
-    if dtype == torch.float32:
+    if p.hidden.dtype == torch.float32:
         return FLOAT_BLOCKS
-    major, minor = torch.cuda.get_device_capability(device)
-    known = [capability for capability in HALF_BLOCKS if capability <= 10 * major + minor]
-    return HALF_BLOCKS[max(known, default=80)]
+    major, minor = torch.cuda.get_device_capability(p.hidden.device)
+    plain = p.bias is None and p.softcap is None and not p.need_entropy
+    return _newest(WIDE if plain else NARROW, 10 * major + minor)
+
+
+def _newest(table: dict[int, Blocks], capability: int) -> Blocks:
+    return table[max(known for known in table if known <= max(capability, 80))]
 
 
 def _split_width(p: Problem) -> int:
-    return TILES * blocks(p.hidden.device, p.hidden.dtype).columns
+    return TILES * blocks(p).columns
+
+
+def _slab(p: Problem, columns: int) -> Tensor:
+    """Room for all targets, in whole blocks, and some columns of the vocabulary."""
+    rows = blocks(p).rows
+    return p.hidden.new_empty(triton.cdiv(len(p.targets), rows) * rows, columns)
 
 
 def _device(p: Problem):
@@ -742,7 +761,7 @@ def _row_major(p: Problem) -> Problem:
 
 def _parts(p: Problem) -> Iterator[slice]:
     """Runs of targets so short that their probabilities of one split fit in the budget."""
-    step = blocks(p.hidden.device, p.hidden.dtype).rows
+    step = blocks(p).rows
     fitting = p.memory_budget // (_split_width(p) * p.hidden.itemsize)
     step = max(step, fitting // step * step)
     for first in range(0, len(p.targets), step):
@@ -785,7 +804,7 @@ def _head(p: Problem, low: Tensor | None) -> dict[str, Any]:
 
 def _tiles(p: Problem) -> dict[str, Any]:
     """Block sizes and launch options of the GEMM kernels."""
-    b = blocks(p.hidden.device, p.hidden.dtype)
+    b = blocks(p)
     return {
         "BLOCK_M": b.rows,
         "BLOCK_V": b.columns,
@@ -804,10 +823,12 @@ def _rank_block(p: Problem) -> int:
 
 def _low(p: Problem) -> Tensor | None:
     """scaling x A^T `[M, R]`, in the dtype of hidden."""
-    if p.lora_a is None or len(p.targets) == 0:
+    if p.lora_a is None:
         return None
     size, rank = len(p.targets), len(p.lora_a)
     low = p.hidden.new_empty(size, rank)
+    if low.numel() == 0:
+        return low
     grid = (triton.cdiv(size, 32), triton.cdiv(rank, _rank_block(p)))
     _project_kernel[grid](
         p.hidden,
@@ -844,7 +865,6 @@ def _statistics(
         m_ptr=partials.m,
         s_ptr=partials.s,
         t_ptr=partials.t,
-        z_target_ptr=partials.z_target,
         p_ptr=slab,
         reference_ptr=reference,
         tile_reference_ptr=tile_references,
@@ -887,20 +907,21 @@ def _forward_with_unit(p: Problem, unit: Tensor, *results: Tensor) -> None:
     """Statistics and u of all targets, slab by slab; `unit` comes in as zeros."""
     size, width = unit.shape
     split_width = _split_width(p)
-    partials = _Partials.empty(p)
+    partials = _Partials.empty(p, _target_logits(p, None))
     num_splits = len(partials.m)
     step = min(num_splits, max(1, p.memory_budget // (size * split_width * p.hidden.itemsize)))
-    slab = p.hidden.new_empty(size, step * split_width)
-    reference = _target_logits(p, None)
+    slab = _slab(p, step * split_width)
+    reference = partials.z_target.clone()
     tile_references = reference.new_empty(step * TILES, size)
     for first_split in range(0, num_splits, step):
         splits = min(step, num_splits - first_split)
         _statistics(p, partials, None, first_split, splits, slab, reference, tile_references)
         weight = p.weight[first_split * split_width : (first_split + splits) * split_width]
         _align(p, slab, unit, reference, tile_references, len(weight))
-        _accumulate(unit, slab[:, : len(weight)], weight)
+        _accumulate(unit, slab[:size, : len(weight)], weight)
     others = torch.empty_like(reference)
-    _combine(p, partials, *results, others)
+    logprob, entropy, lse, is_top1 = results
+    _combine(p, partials, logprob, entropy, lse, is_top1, others)
     grid = (triton.cdiv(size, 8), triton.cdiv(width, 256))
     _finish_unit_kernel[grid](
         p.weight,
@@ -908,7 +929,7 @@ def _forward_with_unit(p: Problem, unit: Tensor, *results: Tensor) -> None:
         unit,
         reference,
         partials.z_target,
-        results[0],
+        logprob,
         others,
         size,
         len(p.weight),
@@ -926,7 +947,7 @@ def _align(
     p: Problem, slab: Tensor, unit: Tensor, reference: Tensor, tile_references: Tensor, slab_columns: int
 ) -> None:
     size, width = unit.shape
-    columns = blocks(p.hidden.device, p.hidden.dtype).columns
+    columns = blocks(p).columns
     _align_kernel[(triton.cdiv(size, 16),)](
         slab,
         unit,
@@ -964,6 +985,7 @@ def _gradient_slabs(
     if size == 0:
         yield slice(None), p.hidden.new_empty(0, len(p.weight))
         return
+    scale = p.logit_scale / p.temperature
     common, at_target = torch.zeros_like(logprob), torch.zeros_like(logprob)
     if grad_logprob is not None:
         common -= grad_logprob
@@ -972,15 +994,16 @@ def _gradient_slabs(
         common += grad_lse
         at_target += grad_lse * logprob.exp()
     if grad_entropy is not None:
-        grad_entropy = grad_entropy.contiguous()
         common -= grad_entropy * entropy
         at_target -= grad_entropy * logprob.exp() * (logprob + entropy)
+        grad_entropy = grad_entropy * scale
+    common, at_target = common * scale, at_target * scale
     z_target = _target_logits(p, low)
     tiles, head = _tiles(p), _head(p, low)
     columns, row_blocks = tiles["BLOCK_V"], triton.cdiv(size, tiles["BLOCK_M"])
     num_tiles = triton.cdiv(len(p.weight), columns)
     step = min(num_tiles, max(1, p.memory_budget // (size * columns * p.hidden.itemsize)))
-    slab = p.hidden.new_empty(size, step * columns)
+    slab = _slab(p, step * columns)
     for first_tile in range(0, num_tiles, step):
         slab_tiles = min(step, num_tiles - first_tile)
         _gradient_kernel[(row_blocks * slab_tiles,)](
@@ -992,23 +1015,12 @@ def _gradient_slabs(
             grad_entropy_ptr=grad_entropy,
             d_ptr=slab,
             d_stride=slab.stride(0),
-            scale=p.logit_scale / p.temperature,
             first_tile=first_tile,
             num_tiles=slab_tiles,
             **tiles,
         )
         first, last = first_tile * columns, min((first_tile + slab_tiles) * columns, len(p.weight))
-        yield slice(first, last), slab[:, : last - first]
-
-
-def _through_projection(p: Problem, grad_low: Tensor | None, grad_x: Tensor | None, needs: Needs) -> Tensor | None:
-    """The adapter's share of the gradient of x, added to `grad_x`; returns dA."""
-    if p.lora_a is None or grad_low is None:
-        return None
-    grad_low = (grad_low * p.lora_scaling).to(p.hidden.dtype)
-    if grad_x is not None:
-        _accumulate(grad_x, grad_low, p.lora_a)
-    return torch.mm(grad_low.T, _gathered(p)) if needs.lora else None
+        yield slice(first, last), slab[:size, : last - first]
 
 
 def _gathered(p: Problem) -> Tensor:
@@ -1040,3 +1052,44 @@ def _accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
     else:
         torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
 
+
+def ahead_of_time() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
+    """The kernels with their production block sizes, for tests/kernels/aot.py."""
+    for capability in (80, 89, 90, 100, 120):
+        wide, narrow = _newest(WIDE, capability), _newest(NARROW, capability)
+        yield _compiled(_statistics_kernel, "bf16", wide, capability, write=True)
+        yield _compiled(_gradient_kernel, "bf16", wide, capability, lora=True)
+        yield _compiled(_statistics_kernel, "bf16", narrow, capability, write=True, entropy=True, softcap=True)
+        yield _compiled(_gradient_kernel, "bf16", narrow, capability, lora=True, entropy=True, softcap=True)
+    yield _compiled(_statistics_kernel, "fp32", FLOAT_BLOCKS, 80, write=True, entropy=True, softcap=True)
+    yield _compiled(_gradient_kernel, "fp32", FLOAT_BLOCKS, 80, lora=True, entropy=True, softcap=True)
+
+
+_TYPES = {"M": "i32", "first_split": "i32", "num_splits": "i32", "first_tile": "i32", "num_tiles": "i32"}
+_TYPES |= dict.fromkeys(("V", "H", "R", "hidden_stride", "weight_stride", "p_stride", "d_stride"), "i32:16")
+_TYPES |= dict.fromkeys(("inner", "outer", "headroom"), "fp32")
+_TYPES |= dict.fromkeys(("targets_ptr", "rows_ptr"), "*i64:16")
+_DATA = ("hidden_ptr", "weight_ptr", "bias_ptr", "low_ptr", "lora_b_ptr", "p_ptr", "d_ptr")
+
+
+def _compiled(
+    kernel, dtype: str, b: Blocks, capability: int, write=False, entropy=False, softcap=False, lora=False
+) -> tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]:
+    """A GEMM kernel with some of its features; softcap stands for softcap, bias and an odd H."""
+    constants: dict[str, Any] = {
+        "BLOCK_M": b.rows,
+        "BLOCK_V": b.columns,
+        "BLOCK_K": b.depth,
+        "BLOCK_R": 16,
+        "TILES": TILES,
+    }
+    constants |= {"GROUP": GROUP, "SOFTCAP": softcap, "EVEN_H": not softcap, "ENTROPY": entropy}
+    absent = [] if write else ["p_ptr", "reference_ptr", "tile_reference_ptr"]
+    absent += [] if entropy else ["t_ptr", "grad_entropy_ptr"]
+    absent += [] if softcap else ["bias_ptr"]
+    absent += [] if lora else ["low_ptr", "lora_b_ptr"]
+    constants = {name: value for name, value in (constants | dict.fromkeys(absent)).items() if name in kernel.arg_names}
+    types = _TYPES | dict.fromkeys(_DATA, f"*{dtype}:16")
+    signature = {name: types.get(name, "*fp32:16") for name in kernel.arg_names if name not in constants}
+    name = f"{kernel.__name__} {dtype} {tuple(b)}"
+    return name, kernel, signature, constants, {"num_warps": b.warps, "num_stages": b.stages, "capability": capability}
