@@ -50,6 +50,15 @@ def test_micro_batches_give_the_same_gradient(model_dir, rows, tmp_path, max_tok
         assert error < 1e-5, name
 
 
+def test_packing_order_does_not_change_the_gradient(model_dir, rows, tmp_path):
+    args = config(model_dir, tmp_path, per_device_train_batch_size=len(rows), train_sampling_strategy="sequential")
+    expected = gradients(SFTTrainer(args=args, train_dataset=rows))
+    found = gradients(SFTTrainer(args=args, train_dataset=rows[::-1]))
+    for name in expected:
+        error = (found[name] - expected[name]).norm() / expected[name].norm()
+        assert error < 1e-5, name
+
+
 def test_sequences_per_step_is_batch_times_accumulation(model_dir, rows, tmp_path):
     one = SFTTrainer(args=config(model_dir, tmp_path, per_device_train_batch_size=8), train_dataset=rows)
     eight = SFTTrainer(
