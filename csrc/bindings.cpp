@@ -4,6 +4,7 @@
 
 #include "cpu/all.h"
 #include "isa.h"
+#include "layout.h"
 #include "packing.h"
 
 namespace py = pybind11;
@@ -101,6 +102,78 @@ int64_t pack_best_fit(address lengths, int64_t count, int64_t capacity, address 
   return posttrain::pack_best_fit(at<int64_t>(lengths), count, capacity, at<int64_t>(bin));
 }
 
+int64_t forest_tokens(address lengths, address parents, int64_t count) {
+  return posttrain::forest_tokens(at<int64_t>(lengths), at<int64_t>(parents), count);
+}
+
+void forest_layout(address lengths, address parents, int64_t count, address visible_until, address positions,
+                   address starts) {
+  posttrain::forest_layout(at<int64_t>(lengths), at<int64_t>(parents), count, at<int32_t>(visible_until),
+                           at<int32_t>(positions), at<int64_t>(starts));
+}
+
+int64_t sequence_layout(address positions, int64_t tokens, address visible_until, address starts) {
+  return posttrain::sequence_layout(at<int64_t>(positions), tokens, at<int32_t>(visible_until), at<int64_t>(starts));
+}
+
+using posttrain::Attention;
+
+// Address, elements between tokens, elements between heads.
+using view = std::tuple<address, int64_t, int64_t>;
+
+template <class T>
+posttrain::View<const T> tensor(view v) {
+  return {at<T>(std::get<0>(v)), std::get<1>(v), std::get<2>(v)};
+}
+
+// Heads, key heads, width of keys, width of values; scale, softcap, window.
+using shape = std::tuple<int64_t, int64_t, int64_t, int64_t>;
+using score_options = std::tuple<double, double, int64_t>;
+
+template <class T>
+Attention<T> attention(view q, view k, view v, address positions, address sinks, int64_t tokens, shape s,
+                       score_options o) {
+  const auto [heads, key_heads, width, value_width] = s;
+  const auto [scale, softcap, window] = o;
+  return {tensor<T>(q), tensor<T>(k), tensor<T>(v), at<int32_t>(positions), at<T>(sinks), tokens, heads, key_heads,
+          width, value_width, scale, softcap, window};
+}
+
+template <class T>
+posttrain::AttentionPlan plan(address visible_until, int64_t tokens, shape s) {
+  const int64_t group = std::get<0>(s) / std::get<1>(s);
+  return posttrain::attention_plan(at<int32_t>(visible_until), tokens, POSTTRAIN_CALL(attention_tile<T>, group));
+}
+
+int64_t attention_workspace(int itemsize, int64_t width, int64_t value_width, bool backward) {
+  if (itemsize == 8) return POSTTRAIN_CALL(attention_workspace<double>, width, value_width, backward);
+  return POSTTRAIN_CALL(attention_workspace<float>, width, value_width, backward);
+}
+
+void attention_forward(int itemsize, view q, view k, view v, address visible_until, address positions, address sinks,
+                       int64_t tokens, shape s, score_options o, address out, address lse, address workspace,
+                       int threads) {
+  by_size(itemsize, [=](auto t) {
+    using T = decltype(t);
+    const auto work = plan<T>(visible_until, tokens, s);
+    POSTTRAIN_CALL(attention_forward<T>, attention<T>(q, k, v, positions, sinks, tokens, s, o), work.tiles.data(),
+                   work.tiles.size(), at<T>(out), at<T>(lse), at<T>(workspace), threads);
+  });
+}
+
+void attention_backward(int itemsize, view q, view k, view v, address visible_until, address positions, int64_t tokens,
+                        shape s, score_options o, address out, address lse, view grad_out, address grad_q,
+                        address grad_k, address grad_v, address delta, address workspace, int threads) {
+  by_size(itemsize, [=](auto t) {
+    using T = decltype(t);
+    const auto work = plan<T>(visible_until, tokens, s);
+    const posttrain::AttentionGradients<T> gradients = {at<T>(out),    at<T>(lse),    tensor<T>(grad_out), at<T>(grad_q),
+                                                        at<T>(grad_k), at<T>(grad_v), at<T>(delta)};
+    POSTTRAIN_CALL(attention_backward<T>, attention<T>(q, k, v, positions, 0, tokens, s, o), work.tiles.data(),
+                   work.trees.data(), work.trees.size(), gradients, at<T>(workspace), threads);
+  });
+}
+
 bool with_cuda() {
 #ifdef POSTTRAIN_WITH_CUDA
   return true;
@@ -116,6 +189,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", &posttrain::isa_name, "instruction set of the CPU kernels: baseline, avx2 or avx512");
   m.def("with_cuda", &with_cuda, "whether this build contains the CUDA kernels");
   m.def("pack_best_fit", &pack_best_fit);
+  m.def("forest_tokens", &forest_tokens);
+  m.def("forest_layout", &forest_layout);
+  m.def("sequence_layout", &sequence_layout);
 
   m.def("logprob_fold", &logprob_fold);
   m.def("logprob_grad", &logprob_grad);
@@ -125,4 +201,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("rope", &rope);
   m.def("glu_forward", &glu_forward);
   m.def("glu_backward", &glu_backward);
+  m.def("attention_workspace", &attention_workspace);
+  m.def("attention_forward", &attention_forward);
+  m.def("attention_backward", &attention_backward);
 }

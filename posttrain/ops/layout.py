@@ -4,18 +4,23 @@ A packed batch is a forest of segments in depth-first order. All descendants of 
 
     query q sees key k   <=>   k <= q < visible_until[k]
 
-with `visible_until[k]` the end of the subtree of k's segment.
+with `visible_until[k]` the end of the subtree of k's segment. Proof: k <= q < visible_until[k] says that q lies in the
+subtree of k's segment and not before k, which is what a causal path from the root to q means.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from posttrain import _C
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class PackedLayout:
     """How T packed tokens are divided into segments, and what each of them sees.
 
@@ -31,17 +36,54 @@ class PackedLayout:
 
     @staticmethod
     def from_lengths(lengths: Sequence[int], device: torch.device | str = "cpu") -> "PackedLayout":
-        """Independent segments of these lengths, in order. Raises `ValueError` for a negative length."""
-        if any(length < 0 for length in lengths):
-            raise ValueError(f"PackedLayout: lengths must not be negative, got {list(lengths)}")
-        sizes = torch.tensor(lengths, dtype=torch.int64)
-        ends = sizes.cumsum(0)
-        positions = torch.arange(int(sizes.sum())) - (ends - sizes).repeat_interleave(sizes)
-        return PackedLayout(
-            visible_until=ends.repeat_interleave(sizes).to(device, torch.int32),
-            positions=positions.to(device, torch.int32),
-            segment_starts=(0, *ends.tolist()),
-        )
+        """Independent segments of these lengths, in order. Raises `ValueError` as `from_forest` does."""
+        return PackedLayout.from_forest(lengths, [-1] * len(lengths), device)
+
+    @staticmethod
+    def from_forest(
+        lengths: Sequence[int], parents: Sequence[int], device: torch.device | str = "cpu"
+    ) -> "PackedLayout":
+        """Segments of which each continues its parent: a prompt and its completions, a tree of turns.
+
+        Args:
+            lengths: of the S segments, in depth-first order; 0 is allowed.
+            parents: index of each segment's parent, below its own; -1 for a root.
+            device: where the tensors go.
+
+        A segment's positions go on where its parent's end.
+
+        Raises:
+            ValueError: lists of different lengths, a negative length, a parent that doesn't come before its child,
+                another order than depth-first, 2^31 tokens or more; with the segment and the numbers.
+        """
+        if len(lengths) != len(parents):
+            raise ValueError(f"PackedLayout: {len(lengths)} lengths, but {len(parents)} parents")
+        sizes, above = np.asarray(lengths, np.int64), np.asarray(parents, np.int64)
+        forest = sizes.ctypes.data, above.ctypes.data, len(sizes)
+        tokens = _C.forest_tokens(*forest)
+        visible_until, positions = (torch.empty(tokens, dtype=torch.int32) for _ in range(2))
+        starts = np.empty(len(sizes) + 1, np.int64)
+        _C.forest_layout(*forest, visible_until.data_ptr(), positions.data_ptr(), starts.ctypes.data)
+        return PackedLayout(visible_until.to(device), positions.to(device), tuple(starts.tolist()))
+
+    @staticmethod
+    def from_position_ids(position_ids: Tensor) -> "PackedLayout":
+        """The packing that position ids `[T]` or `[1, T]` imply: a sequence starts wherever they don't go up by one.
+
+        The layout is on the device of `position_ids`; reading them synchronises a GPU. Raises `ValueError` for another
+        shape or for numbers that aren't integers.
+        """
+        ids = position_ids.squeeze(0) if position_ids.ndim == 2 else position_ids
+        if ids.ndim != 1 or ids.is_floating_point() or ids.dtype == torch.bool:
+            raise ValueError(
+                f"PackedLayout: position ids must be [T] or [1, T] integers, got {list(position_ids.shape)} "
+                f"{position_ids.dtype}"
+            )
+        host = ids.to("cpu", torch.int64).contiguous()
+        visible_until = torch.empty(len(host), dtype=torch.int32)
+        starts = np.empty(len(host) + 1, np.int64)
+        segments = _C.sequence_layout(host.data_ptr(), len(host), visible_until.data_ptr(), starts.ctypes.data)
+        return PackedLayout(visible_until.to(ids.device), ids.to(torch.int32), tuple(starts[: segments + 1].tolist()))
 
     @property
     def num_tokens(self) -> int:
@@ -58,3 +100,31 @@ class PackedLayout:
     def to(self, device: torch.device | str) -> "PackedLayout":
         """The same layout with its tensors on `device`."""
         return PackedLayout(self.visible_until.to(device), self.positions.to(device), self.segment_starts)
+
+    def draw(self, largest: int = 64) -> str:
+        """The mask as text: a line for each query, a column for each key, `#` where it is seen and `.` where not.
+
+        Raises `ValueError` for more than `largest` tokens.
+        """
+        if self.num_tokens > largest:
+            raise ValueError(f"PackedLayout: {self.num_tokens} tokens are too many to draw (at most {largest})")
+        index = torch.arange(self.num_tokens)
+        visible = (index <= index[:, None]) & (index[:, None] < self.visible_until.cpu())
+        return "\n".join("".join("#" if seen else "." for seen in row) for row in visible.tolist())
+
+    def __repr__(self) -> str:
+        """For example `PackedLayout(14 tokens on cpu, segments of 4(3, 2), 5)`: children are in brackets."""
+        until = self.visible_until.tolist()
+        spans = [span for span in pairwise(self.segment_starts) if span[0] < span[1]]
+        text, open_until = "", []
+        for start, end in spans[:_SHOWN]:
+            depth = len(open_until)
+            open_until = [limit for limit in open_until if limit > start]
+            closed = depth - len(open_until)
+            text += ")" * (closed - 1) + (", " if closed else "(" if depth else "") + str(end - start)
+            open_until.append(until[start])
+        more = f" and {len(spans) - _SHOWN} more" if len(spans) > _SHOWN else ")" * (len(open_until) - 1)
+        return f"PackedLayout({self.num_tokens} tokens on {self.visible_until.device}, segments of {text}{more})"
+
+
+_SHOWN = 12

@@ -1,24 +1,31 @@
-"""Causal attention over packed sequences.
+"""Causal attention over packed sequences, prompts with shared prefixes, and trees.
 
 With the mask of `PackedLayout` (query q sees key k where k <= q < visible_until[k]; with a window, also
 position[q] - position[k] < window):
 
-    o_q = sum over visible k of softmax_k(c(scale q.k)) v_k,     c(s) = s or softcap tanh(s / softcap)
+    s_qk = c(scale q.k),   c(x) = x or softcap tanh(x / softcap)
+    o_q  = sum over visible k of p_qk v_k,   p_qk = e^(s_qk - lse_q),   lse_q = log(e^sink + sum over visible k e^s_qk)
 
-(Vaswani et al., "Attention Is All You Need", 2017; the cap is Gemma 2's.) Independent segments are one call each of
-PyTorch's scaled_dot_product_attention, on views: `split` has a single backward node, so the gradients of all segments
-are joined once instead of each being added into a zero-filled tensor of T rows. A cap, or a forest, goes through the
-dense reference.
+(Vaswani et al., "Attention Is All You Need", 2017; the cap is Gemma 2's; a sink, one learned logit for each head that
+takes attention without giving a value, is from Xiao et al., "Efficient Streaming Language Models with Attention
+Sinks", 2023.) The gradient, with delta_q = do_q . o_q:
+
+    dv_k = sum_q p_qk do_q
+    ds_qk = p_qk (do_q . v_k - delta_q) c'(scale q.k)
+    dq_q = scale sum_k ds_qk k_k        dk_k = scale sum_q ds_qk q_q        dsink = - sum_q e^(sink - lse_q) delta_q
+
+Saved for the backward: q, k, v, o and lse; the scores are computed again. A key's gradient gathers from the queries
+k <= q < visible_until[k] in a fixed order: no copies of k and v for each branch, no atomics, the same bits every time.
 """
-
-from itertools import pairwise
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
+from posttrain import _C
 from posttrain.ops import reference
+from posttrain.ops.backend import backend_for
 from posttrain.ops.layout import PackedLayout
+from posttrain.ops.library import define
 
 
 def packed_attention(
@@ -30,8 +37,9 @@ def packed_attention(
     scale: float | None = None,
     window: int | None = None,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
-    """Attention in which no token sees another sequence.
+    """Attention in which a token sees itself, its segment before it, and the segments that one continues.
 
     Args:
         q: `[T, Hq, D]`, floating.
@@ -39,53 +47,35 @@ def packed_attention(
         v: `[T, Hkv, Dv]`.
         layout: who sees whom among the T tokens.
         scale: of the scores; 1 / sqrt(D) by default.
-        window: how many tokens back a token sees, itself included; None for all.
+        window: how many positions back a token sees, itself included; None for all.
         softcap: bound of the scores; None for none.
+        sinks: `[Hq]`, floating; None for none.
 
     Returns:
-        `[T, Hq, Dv]`, in the dtype of `q`.
+        `[T, Hq, Dv]`, in the dtype of `q`. Statistics are in float32 (float64 for float64); the backend "cpu" computes
+        half precision through float32 copies. A token's output depends, bit for bit, only on what its tree holds.
 
     Raises:
         ValueError: shapes, dtypes or devices that don't fit, with the numbers.
     """
-    _check(q, k, v, layout, window, softcap)
-    if not layout.independent or layout.num_tokens == 0:
-        return reference.packed_attention(q, k, v, layout, scale=scale, window=window, softcap=softcap)
-    starts = layout.segment_starts
-    lengths = [end - start for start, end in pairwise(starts) if end > start]
-    segments = zip(*(x.transpose(0, 1).split(lengths, 1) for x in (q, k, v)), strict=True)
-    outputs = [_segment(*qkv, scale=scale, window=window, softcap=softcap) for qkv in segments]
-    return torch.cat(outputs)
+    _check(q, k, v, layout, window, softcap, sinks)
+    backend = backend_for("packed_attention", q)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if backend == "reference":
+        return reference.packed_attention(q, k, v, layout, scale=scale, window=window, softcap=softcap, sinks=sinks)
+    mask = layout.visible_until, layout.positions
+    return _packed_attention(q, k, v, *mask, sinks, scale, window or 0, softcap or 0.0, backend)[0]
 
 
-def _segment(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, window: int | None, softcap: float | None
-) -> Tensor:
-    """One sequence of L tokens: q, k, v `[heads, L, D]`; result `[L, Hq, Dv]`."""
-    length = q.shape[1]
-    if softcap is not None:
-        alone = PackedLayout.from_lengths([length], q.device)
-        q, k, v = (x.transpose(0, 1) for x in (q, k, v))
-        return reference.packed_attention(q, k, v, alone, scale=scale, window=window, softcap=softcap)
-    mask = None if window is None or window >= length else _band(length, window, q.device)
-    out = scaled_dot_product_attention(
-        q.unsqueeze(0),
-        k.unsqueeze(0),
-        v.unsqueeze(0),
-        attn_mask=mask,
-        is_causal=mask is None,
-        scale=scale,
-        enable_gqa=q.shape[0] != k.shape[0],
-    )
-    return out.squeeze(0).transpose(0, 1)
-
-
-def _band(length: int, window: int, device: torch.device) -> Tensor:
-    """Bool `[length, length]`: the `window` keys up to each query."""
-    return torch.ones(length, length, dtype=torch.bool, device=device).tril().triu(1 - window)
-
-
-def _check(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, window: int | None, softcap: float | None) -> None:
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: PackedLayout,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> None:
     shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
     if not q.ndim == k.ndim == v.ndim == 3 or k.shape[:2] != v.shape[:2] or q.shape[2] != k.shape[2]:
         raise ValueError(f"packed_attention: needs q [T, Hq, D], k [T, Hkv, D] and v [T, Hkv, Dv]; got {shapes}")
@@ -106,3 +96,153 @@ def _check(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, window: int | 
         raise ValueError(f"packed_attention: window must be at least 1, got {window}")
     if softcap is not None and softcap <= 0:
         raise ValueError(f"packed_attention: softcap must be positive, got {softcap}")
+    if sinks is not None and (sinks.shape != q.shape[1:2] or not sinks.is_floating_point() or sinks.device != q.device):
+        raise ValueError(
+            f"packed_attention: sinks must be [{q.shape[1]}], floating, on {q.device}; "
+            f"got {list(sinks.shape)} {sinks.dtype} on {sinks.device}"
+        )
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visible_until: Tensor,
+    positions: Tensor,
+    sinks: Tensor | None,
+    scale: float,
+    window: int,
+    softcap: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """(o, lse `[Hq, T]`); window and softcap are 0 for none."""
+    return _cpu_forward(q, k, v, visible_until, positions, sinks, scale, window, softcap)
+
+
+def _fake(q, k, v, visible_until, positions, sinks, scale, window, softcap, backend):
+    lse = q.new_empty(q.shape[1], len(q), dtype=torch.promote_types(q.dtype, torch.float32))
+    return q.new_empty(len(q), q.shape[1], v.shape[2]), lse
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    q, k, v, visible_until, positions, sinks, *ctx.options = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, visible_until, positions, sinks, *output)
+
+
+def _backward(ctx, grad_out, grad_lse):
+    if grad_out is None:
+        return (None,) * 10
+    q, k, v, visible_until, positions, sinks, out, lse = ctx.saved_tensors
+    *grads, delta = _packed_attention_backward(grad_out, q, k, v, visible_until, positions, out, lse, *ctx.options)
+    grad_sinks = None
+    if sinks is not None and ctx.needs_input_grad[5]:
+        grad_sinks = -((sinks.to(lse.dtype)[:, None] - lse).exp() * delta).sum(1).to(sinks.dtype)
+    return *grads, None, None, grad_sinks, None, None, None, None
+
+
+def _gradient(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visible_until: Tensor,
+    positions: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    window: int,
+    softcap: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, and delta `[Hq, T]`."""
+    return _cpu_backward(grad_out, q, k, v, visible_until, positions, out, lse, scale, window, softcap)
+
+
+def _fake_gradient(grad_out, q, k, v, visible_until, positions, out, lse, scale, window, softcap, backend):
+    return *(x.new_empty(x.shape) for x in (q, k, v)), torch.empty_like(lse)
+
+
+def _cpu_forward(q, k, v, visible_until, positions, sinks, scale, window, softcap):
+    lse = q.new_empty(q.shape[1], len(q), dtype=torch.promote_types(q.dtype, torch.float32))
+    out = lse.new_empty(len(q), q.shape[1], v.shape[2])
+    views = [_readable(x, lse.dtype) for x in (q, k, v)]
+    mask = [x.contiguous() for x in (visible_until, positions)]
+    sinks = None if sinks is None else sinks.to(lse.dtype).contiguous()
+    workspace = _workspace(lse, q.shape[2], v.shape[2], backward=False)
+    _C.attention_forward(
+        lse.itemsize,
+        *map(_view, views),
+        *(x.data_ptr() for x in mask),
+        0 if sinks is None else sinks.data_ptr(),
+        len(q),
+        _shape(q, k, v),
+        (scale, softcap, window),
+        out.data_ptr(),
+        lse.data_ptr(),
+        workspace.data_ptr(),
+        len(workspace),
+    )
+    return out.to(q.dtype), lse
+
+
+def _cpu_backward(grad_out, q, k, v, visible_until, positions, out, lse, scale, window, softcap):
+    views = [_readable(x, lse.dtype) for x in (q, k, v, grad_out)]
+    mask = [x.contiguous() for x in (visible_until, positions)]
+    out = out.to(lse.dtype).contiguous()
+    grad_q = lse.new_empty(q.shape)
+    grad_k, grad_v = lse.new_zeros(k.shape), lse.new_zeros(v.shape)
+    delta = torch.empty_like(lse)
+    workspace = _workspace(lse, q.shape[2], v.shape[2], backward=True)
+    _C.attention_backward(
+        lse.itemsize,
+        *map(_view, views[:3]),
+        *(x.data_ptr() for x in mask),
+        len(q),
+        _shape(q, k, v),
+        (scale, softcap, window),
+        out.data_ptr(),
+        lse.data_ptr(),
+        _view(views[3]),
+        *(x.data_ptr() for x in (grad_q, grad_k, grad_v, delta, workspace)),
+        len(workspace),
+    )
+    return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype), delta
+
+
+def _readable(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x` in `dtype`, with its last dimension contiguous."""
+    x = x.to(dtype)
+    return x if x.stride(2) == 1 else x.contiguous()
+
+
+def _view(x: Tensor) -> tuple[int, int, int]:
+    return x.data_ptr(), x.stride(0), x.stride(1)
+
+
+def _shape(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int]:
+    return q.shape[1], k.shape[1], q.shape[2], v.shape[2]
+
+
+def _workspace(like: Tensor, width: int, value_width: int, backward: bool) -> Tensor:
+    """A row for each thread."""
+    return like.new_empty(torch.get_num_threads(), _C.attention_workspace(like.itemsize, width, value_width, backward))
+
+
+_packed_attention_backward = define(
+    "packed_attention_backward",
+    "(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor visible_until, Tensor positions, Tensor out, Tensor lse, "
+    "float scale, int window, float softcap, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    _gradient,
+    _fake_gradient,
+)
+_packed_attention = define(
+    "packed_attention",
+    "(Tensor q, Tensor k, Tensor v, Tensor visible_until, Tensor positions, Tensor? sinks, float scale, int window, "
+    "float softcap, str backend) -> (Tensor, Tensor)",
+    _forward,
+    _fake,
+    _setup_context,
+    _backward,
+)

@@ -92,6 +92,7 @@ def packed_attention(
     scale: float | None = None,
     window: int | None = None,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """`posttrain.ops.packed_attention`, through the whole `[Hq, T, T]` scores."""
     group = q.shape[1] // k.shape[1]
@@ -103,5 +104,9 @@ def packed_attention(
     visible = (index <= index[:, None]) & (index[:, None] < layout.visible_until)
     if window is not None:
         visible &= layout.positions[:, None] - layout.positions < window
-    weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
+    scores = scores.masked_fill(~visible, -torch.inf)
+    if sinks is not None:
+        column = sinks.to(scores.dtype)[:, None, None].expand(-1, len(q), 1)
+        scores = torch.cat([scores, column], -1)
+    weights = scores.softmax(-1)[..., : len(k)]
     return torch.einsum("hqk,khd->qhd", weights, values).to(q.dtype)

@@ -1,0 +1,58 @@
+// What packed attention works on, and how it walks a forest of tokens (built by layout.cpp), as plain data: the same
+// types for every instruction set.
+#pragma once
+
+#include <cstdint>
+
+namespace posttrain {
+
+// Keys begin <= k < end.
+struct KeyRange {
+  int64_t begin, end;
+};
+
+// `count` neighbouring queries from `first` on that see the same keys: all of their `ancestors`, and of `own`, which
+// ends with the last of them, each the keys up to itself.
+struct QueryTile {
+  int64_t first, count;
+  KeyRange own;
+  const KeyRange* ancestors;
+  int64_t num_ancestors;
+};
+
+// Tiles begin <= t < end whose queries see no key of other trees, nor the other way round. `pairs` is their work.
+struct Tree {
+  int64_t begin, end, pairs;
+};
+
+// A tensor [tokens, heads, width] whose last dimension is contiguous; strides in elements.
+template <class T>
+struct View {
+  T* data;
+  int64_t token, head;
+};
+
+// What packed attention reads. softcap and window are 0 for none, sinks [heads] may be null.
+template <class T>
+struct Attention {
+  View<const T> q, k, v;
+  const int32_t* positions;
+  const T* sinks;
+  int64_t tokens, heads, key_heads, width, value_width;
+  double scale, softcap;
+  int64_t window;
+};
+
+// Forward results and output gradient in; gradients out, contiguous. grad_k and grad_v must be zero before.
+template <class T>
+struct AttentionGradients {
+  const T* out;
+  const T* lse;
+  View<const T> grad_out;
+  T* grad_q;
+  T* grad_k;
+  T* grad_v;
+  T* delta;
+};
+
+}  // namespace posttrain
