@@ -6,6 +6,7 @@ Heavy libraries are imported by the command that needs them, so that `--help` an
 import argparse
 import difflib
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -84,6 +85,7 @@ def _sft(options: argparse.Namespace) -> int:
     from posttrain.train.sft import SFTTrainer
 
     disable_progress_bar()  # ours shows the training; the others are of loading and saving files
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # PEFT uses its older names
     try:
         result = SFTTrainer(args=config).train()
     except (DataError, ModelError) as error:
