@@ -316,6 +316,7 @@ def _combine_kernel(
     logprob_ptr,
     entropy_ptr,
     lse_ptr,
+    lse_low_ptr,
     is_top1_ptr,
     others_ptr,  # [M], q, or None
     M,
@@ -346,9 +347,11 @@ def _combine_kernel(
     bend = _log1p(small)
     logprob = -(tl.maximum(d, 0.0) + bend)
     q = tl.where(d < 0, small, 1.0) / (1.0 + small)
-    lse = tl.maximum(top + log_s, z) + bend
+    anchor, rest = tl.where(d < 0, z, top), tl.where(d < 0, 0.0, log_s) + bend
+    lse = anchor + rest
     tl.store(logprob_ptr + i, tl.where(counts, logprob, 0.0), mask=inside)
     tl.store(lse_ptr + i, tl.where(counts, lse, 0.0), mask=inside)
+    tl.store(lse_low_ptr + i, tl.where(counts, (anchor - lse) + rest, 0.0), mask=inside)
     tl.store(is_top1_ptr + i, (counts & (z >= top)).to(tl.uint8), mask=inside)
     if ENTROPY:
         log_q = -(tl.maximum(-d, 0.0) + bend)
@@ -404,7 +407,8 @@ def _finish_unit_kernel(
     u_ptr,
     reference_ptr,
     z_target_ptr,
-    logprob_ptr,
+    lse_ptr,
+    lse_low_ptr,
     others_ptr,
     M,
     V,
@@ -416,7 +420,7 @@ def _finish_unit_kernel(
     BLOCK_H: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):
-    """u = scale (q slope_y W_y - e^(r - lse) u), with r - lse as (r - z_y) + logprob."""
+    """u = scale (q slope_y W_y - e^(r - lse) u)."""
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     inside = m < M
@@ -424,12 +428,13 @@ def _finish_unit_kernel(
     counts = (y >= 0) & (y < V)
     z = tl.load(z_target_ptr + m, mask=counts, other=0.0)
     reference = tl.load(reference_ptr + m, mask=counts, other=0.0)
-    logprob = tl.load(logprob_ptr + m, mask=counts, other=0.0)
+    lse = tl.load(lse_ptr + m, mask=counts, other=0.0)
+    lse_low = tl.load(lse_low_ptr + m, mask=counts, other=0.0)
     q = tl.load(others_ptr + m, mask=counts, other=0.0)
     toward = scale * q
     if SOFTCAP:
         toward *= _slope(z, outer)
-    away = scale * tl.exp((reference - z) + logprob)
+    away = scale * tl.exp((reference - lse) - lse_low)
     offset = m.to(tl.int64)[:, None] * H + h[None, :]
     mask = inside[:, None] & (h < H)[None, :]
     w = tl.load(
@@ -498,8 +503,8 @@ def _gradient_kernel(
     bias_ptr,
     low_ptr,
     lora_b_ptr,
-    z_target_ptr,  # [M], as the next four
-    logprob_ptr,
+    lse_ptr,  # [M], as the next four
+    lse_low_ptr,
     common_ptr,  # g_lse - g_logprob - g_entropy entropy
     grad_target_ptr,  # dz_y
     grad_entropy_ptr,  # or None
@@ -555,11 +560,11 @@ def _gradient_kernel(
             SOFTCAP,
             EVEN_H,
         )
-        z_target = tl.load(z_target_ptr + m, mask=counts, other=0.0)
-        logprob = tl.load(logprob_ptr + m, mask=counts, other=0.0)
+        lse = tl.load(lse_ptr + m, mask=counts, other=0.0)
+        lse_low = tl.load(lse_low_ptr + m, mask=counts, other=0.0)
         common = tl.load(common_ptr + m, mask=counts, other=0.0)
         at_target = tl.load(grad_target_ptr + m, mask=counts, other=0.0)
-        log_p = (z - z_target[:, None]) + logprob[:, None]
+        log_p = (z - lse[:, None]) - lse_low[:, None]
         if grad_entropy_ptr is not None:
             grad_entropy = tl.load(grad_entropy_ptr + m, mask=counts, other=0.0)
             d = tl.exp(log_p) * (common[:, None] - grad_entropy[:, None] * log_p)
@@ -634,14 +639,14 @@ def _sum_rows_kernel(
     tl.store(out_ptr + n.to(tl.int64) * H + h, total.to(out_ptr.dtype.element_ty), mask=h < H)
 
 
-def logprob_forward(p: Problem, save: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(logprob, entropy, lse, is_top1, saved); `save` is "none" or "unit" (a head without adapter)."""
+def logprob_forward(p: Problem, save: str) -> tuple[Tensor, ...]:
+    """(logprob, entropy, lse, what rounding took from lse, is_top1, saved); `save` is "none" or "unit" (no adapter)."""
     p = _row_major(p)
     size = len(p.targets)
-    logprob, lse = p.hidden.new_empty((2, size), dtype=torch.float32)
+    logprob, lse, lse_low = p.hidden.new_empty((3, size), dtype=torch.float32)
     entropy = p.hidden.new_empty(size if p.need_entropy else 0, dtype=torch.float32)
     is_top1 = torch.empty_like(p.targets, dtype=torch.uint8)
-    results = (logprob, entropy, lse, is_top1)
+    results = (logprob, entropy, lse, lse_low, is_top1)
     unit = p.hidden.new_zeros((size, p.hidden.shape[1]) if save == "unit" else 0, dtype=torch.float32)
     with _device(p):
         if save == "unit":
@@ -652,7 +657,7 @@ def logprob_forward(p: Problem, save: str) -> tuple[Tensor, Tensor, Tensor, Tens
             partials = _Partials.empty(p, _target_logits(p, low))
             _statistics(p, partials, low)
             _combine(p, partials, *results)
-    return logprob, entropy, lse, is_top1.view(torch.bool), unit
+    return logprob, entropy, lse, lse_low, is_top1.view(torch.bool), unit
 
 
 def logprob_backward(
@@ -663,6 +668,7 @@ def logprob_backward(
     logprob: Tensor,
     entropy: Tensor,
     lse: Tensor,
+    lse_low: Tensor,
     needs: Needs,
 ) -> Grads:
     """The gradients, from logits that are computed again slab by slab."""
@@ -676,7 +682,7 @@ def logprob_backward(
         grad_weight = torch.empty_like(p.weight) if needs.weight else None
         grad_bias = torch.empty_like(p.bias) if p.bias is not None and needs.bias else None
         grad_b = torch.empty_like(p.lora_b) if p.lora_b is not None and needs.lora else None
-        for columns, d in _gradient_slabs(p, low, grad_logprob, grad_entropy, grad_lse, logprob, entropy):
+        for columns, d in _gradient_slabs(p, low, grad_logprob, grad_entropy, grad_lse, logprob, entropy, lse, lse_low):
             if grad_x is not None:
                 _accumulate(grad_x, d, p.weight[columns])
             if grad_weight is not None:
@@ -884,6 +890,7 @@ def _combine(
     logprob: Tensor,
     entropy: Tensor,
     lse: Tensor,
+    lse_low: Tensor,
     is_top1: Tensor,
     others: Tensor | None = None,
 ) -> None:
@@ -893,6 +900,7 @@ def _combine(
         logprob,
         entropy,
         lse,
+        lse_low,
         is_top1,
         others,
         len(p.targets),
@@ -920,8 +928,8 @@ def _forward_with_unit(p: Problem, unit: Tensor, *results: Tensor) -> None:
         _align(p, slab, unit, reference, tile_references, len(weight))
         _accumulate(unit, slab[:size, : len(weight)], weight)
     others = torch.empty_like(reference)
-    logprob, entropy, lse, is_top1 = results
-    _combine(p, partials, logprob, entropy, lse, is_top1, others)
+    logprob, entropy, lse, lse_low, is_top1 = results
+    _combine(p, partials, logprob, entropy, lse, lse_low, is_top1, others)
     grid = (triton.cdiv(size, 8), triton.cdiv(width, 256))
     _finish_unit_kernel[grid](
         p.weight,
@@ -929,7 +937,8 @@ def _forward_with_unit(p: Problem, unit: Tensor, *results: Tensor) -> None:
         unit,
         reference,
         partials.z_target,
-        logprob,
+        lse,
+        lse_low,
         others,
         size,
         len(p.weight),
@@ -979,6 +988,8 @@ def _gradient_slabs(
     grad_lse: Tensor | None,
     logprob: Tensor,
     entropy: Tensor,
+    lse: Tensor,
+    lse_low: Tensor,
 ) -> Iterator[tuple[slice, Tensor]]:
     """Slabs of the vocabulary with the gradient of their raw logits `[M, columns]`; each overwrites the one before."""
     size = len(p.targets)
@@ -998,7 +1009,6 @@ def _gradient_slabs(
         at_target -= grad_entropy * logprob.exp() * (logprob + entropy)
         grad_entropy = grad_entropy * scale
     common, at_target = common * scale, at_target * scale
-    z_target = _target_logits(p, low)
     tiles, head = _tiles(p), _head(p, low)
     columns, row_blocks = tiles["BLOCK_V"], triton.cdiv(size, tiles["BLOCK_M"])
     num_tiles = triton.cdiv(len(p.weight), columns)
@@ -1008,8 +1018,8 @@ def _gradient_slabs(
         slab_tiles = min(step, num_tiles - first_tile)
         _gradient_kernel[(row_blocks * slab_tiles,)](
             **head,
-            z_target_ptr=z_target,
-            logprob_ptr=logprob,
+            lse_ptr=lse,
+            lse_low_ptr=lse_low,
             common_ptr=common,
             grad_target_ptr=at_target,
             grad_entropy_ptr=grad_entropy,

@@ -136,8 +136,7 @@ def _forward(*arguments) -> tuple[Tensor, ...]:
     if backend == "triton":
         from posttrain.kernels.logprob import logprob_forward
 
-        logprob, entropy, lse, is_top1, saved = logprob_forward(p, save)
-        return logprob, entropy, lse, torch.zeros_like(lse), is_top1, saved
+        return logprob_forward(p, save)
     return logprob_tiled.forward(_contiguous(p), save)
 
 
@@ -193,7 +192,7 @@ def _gradient(grad_logprob, grad_entropy, grad_lse, logprob, entropy, lse, lse_l
         if unit_is_enough:
             hidden = triton.unit_backward(grad_logprob, saved, p.rows, len(p.hidden), p.hidden.dtype)
             return _filled(p, Grads(hidden, None, None, None, None))
-        return _filled(p, triton.logprob_backward(p, *incoming, *results, needs))
+        return _filled(p, triton.logprob_backward(p, *incoming, *results, lse_low, needs))
     p = _contiguous(p)
     if unit_is_enough:
         return _filled(p, Grads(logprob_tiled.unit_backward(p, grad_logprob, saved), None, None, None, None))
