@@ -11,6 +11,7 @@ namespace {
 
 enum { kSilu, kGelu, kGeluTanh };  // values of `act` (cpu/kernels.h)
 constexpr int64_t kPiece = 2048;  // elements of a row that a thread takes at a time
+constexpr int64_t kLarge = 8 << 20;  // bytes of a result that will not stay in cache
 
 template <class T>
 Vec<T> sigmoid(Vec<T> x) {
@@ -96,23 +97,37 @@ struct Rows {
   int64_t stride;
 };
 
+template <class T>
+void put(T* p, Vec<T> v, bool streamed) {
+  if (streamed)
+    stream(p, v);
+  else
+    store(p, v);
+}
+
 template <template <class> class Act, class T>
 void forward(Rows<const T> gate, Rows<const T> up, T* y, int64_t rows, int64_t width) {
   constexpr int n = Lanes<T>::n;
   const Pieces pieces(rows, width, gate.stride == width && up.stride == width);
-#pragma omp parallel for schedule(static) if (rows * width > 8192)
-  for (int64_t piece = 0; piece < pieces.count; ++piece) {
-    const int64_t row = piece / pieces.per_row, start = piece % pieces.per_row * kPiece;
-    const int64_t left = pieces.width - start, size = left < kPiece ? left : kPiece;
-    const T* g = gate.data + row * gate.stride + start;
-    const T* u = up.data + row * up.stride + start;
-    T* out = y + row * pieces.width + start;
-    int64_t j = 0;
-    for (; j + n <= size; j += n) store(out + j, Act<T>(load(g + j)).value() * load(u + j));
-    if (j < size) {
-      const int part = int(size - j);
-      store_part(out + j, Act<T>(load_part(g + j, part, T(0))).value() * load_part(u + j, part, T(0)), part);
+  const bool large = rows * width * int64_t(sizeof(T)) >= kLarge;
+#pragma omp parallel if (rows * width > 8192)
+  {
+#pragma omp for schedule(static) nowait
+    for (int64_t piece = 0; piece < pieces.count; ++piece) {
+      const int64_t row = piece / pieces.per_row, start = piece % pieces.per_row * kPiece;
+      const int64_t left = pieces.width - start, size = left < kPiece ? left : kPiece;
+      const T* g = gate.data + row * gate.stride + start;
+      const T* u = up.data + row * up.stride + start;
+      T* out = y + row * pieces.width + start;
+      const bool streamed = large && can_stream(out);
+      int64_t j = 0;
+      for (; j + n <= size; j += n) put(out + j, Act<T>(load(g + j)).value() * load(u + j), streamed);
+      if (j < size) {
+        const int part = int(size - j);
+        store_part(out + j, Act<T>(load_part(g + j, part, T(0))).value() * load_part(u + j, part, T(0)), part);
+      }
     }
+    stream_end();
   }
 }
 
@@ -121,29 +136,35 @@ void backward(Rows<const T> grad_y, Rows<const T> gate, Rows<const T> up, T* gra
               int64_t width) {
   constexpr int n = Lanes<T>::n;
   const Pieces pieces(rows, width, grad_y.stride == width && gate.stride == width && up.stride == width);
-#pragma omp parallel for schedule(static) if (rows * width > 8192)
-  for (int64_t piece = 0; piece < pieces.count; ++piece) {
-    const int64_t row = piece / pieces.per_row, start = piece % pieces.per_row * kPiece;
-    const int64_t left = pieces.width - start, size = left < kPiece ? left : kPiece;
-    const T* d = grad_y.data + row * grad_y.stride + start;
-    const T* g = gate.data + row * gate.stride + start;
-    const T* u = up.data + row * up.stride + start;
-    T* dg = grad_gate + row * pieces.width + start;
-    T* du = grad_up + row * pieces.width + start;
-    int64_t j = 0;
-    for (; j + n <= size; j += n) {
-      const Act<T> act(load(g + j));
-      const Vec<T> grad = load(d + j);
-      store(dg + j, grad * load(u + j) * act.slope());
-      store(du + j, grad * act.value());
+  const bool large = rows * width * int64_t(sizeof(T)) >= kLarge;
+#pragma omp parallel if (rows * width > 8192)
+  {
+#pragma omp for schedule(static) nowait
+    for (int64_t piece = 0; piece < pieces.count; ++piece) {
+      const int64_t row = piece / pieces.per_row, start = piece % pieces.per_row * kPiece;
+      const int64_t left = pieces.width - start, size = left < kPiece ? left : kPiece;
+      const T* d = grad_y.data + row * grad_y.stride + start;
+      const T* g = gate.data + row * gate.stride + start;
+      const T* u = up.data + row * up.stride + start;
+      T* dg = grad_gate + row * pieces.width + start;
+      T* du = grad_up + row * pieces.width + start;
+      const bool streamed = large && can_stream(dg) && can_stream(du);
+      int64_t j = 0;
+      for (; j + n <= size; j += n) {
+        const Act<T> act(load(g + j));
+        const Vec<T> grad = load(d + j);
+        put(dg + j, grad * load(u + j) * act.slope(), streamed);
+        put(du + j, grad * act.value(), streamed);
+      }
+      if (j < size) {
+        const int part = int(size - j);
+        const Act<T> act(load_part(g + j, part, T(0)));
+        const Vec<T> grad = load_part(d + j, part, T(0));
+        store_part(dg + j, grad * load_part(u + j, part, T(0)) * act.slope(), part);
+        store_part(du + j, grad * act.value(), part);
+      }
     }
-    if (j < size) {
-      const int part = int(size - j);
-      const Act<T> act(load_part(g + j, part, T(0)));
-      const Vec<T> grad = load_part(d + j, part, T(0));
-      store_part(dg + j, grad * load_part(u + j, part, T(0)) * act.slope(), part);
-      store_part(du + j, grad * act.value(), part);
-    }
+    stream_end();
   }
 }
 

@@ -37,6 +37,35 @@ inline void store(T* p, Vec<T> v) {
   __builtin_memcpy(p, &v, sizeof v);
 }
 
+// Whether stream() may write to p.
+template <class T>
+inline bool can_stream(const T* p) {
+  return (uintptr_t)p % kVectorBytes == 0;
+}
+
+// store() past the caches, for results too large to stay there: their old contents are not read first. A thread that
+// has streamed calls stream_end() before others read.
+template <class T>
+inline void stream(T* p, Vec<T> v) {
+#if defined(__clang__)
+  __builtin_nontemporal_store(v, (Vec<T>*)p);
+#elif defined(__AVX512F__)
+  __builtin_ia32_movntps512((float*)p, (Vec<float>)v);
+#elif defined(__AVX__)
+  __builtin_ia32_movntps256((float*)p, (Vec<float>)v);
+#elif defined(__SSE__)
+  __builtin_ia32_movntps((float*)p, (Vec<float>)v);
+#else
+  store(p, v);
+#endif
+}
+
+inline void stream_end() {
+#if defined(__SSE__)
+  __builtin_ia32_sfence();
+#endif
+}
+
 template <class T>
 inline Vec<T> splat(T x) {
   return Vec<T>{} + x;

@@ -50,6 +50,14 @@ def test_agrees_for_strided_inputs(op, truth, peer) -> None:
     check(op, truth, [torch.randn(9, 1).expand(9, 40), torch.randn(40).expand(9, 40)])
 
 
+@pytest.mark.usefixtures("poison")
+@each_op
+def test_agrees_for_results_larger_than_the_cache(op, truth, peer) -> None:
+    fused = torch.randn(2050, 2 * 1031)
+    check(op, truth, fused.chunk(2, dim=-1))
+    check(op, truth, [x.contiguous() for x in fused.chunk(2, dim=-1)])
+
+
 @each_op
 def test_halves_of_a_fused_projection_are_not_copied(op, truth, peer, monkeypatch) -> None:
     gate, up = torch.randn(1, 9, 134).chunk(2, dim=-1)
