@@ -11,7 +11,8 @@ Vocabulary outside, rows inside, one tile of at most ROWS x COLUMNS logits at a 
 Everything is computed in float32 (float64 for float64); half-precision weights are widened slab by slab.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -225,7 +226,7 @@ def _make_logits(tile: Tensor, t: _Targets, block: slice, slab: _Slab) -> None:
 
 def _fold(tile: Tensor, p: Problem, y: Tensor, slab: _Slab, state: Tensor, unit: Tensor | None) -> None:
     m, top, s, t, z_target = state
-    _C.logprob_fold(
+    _kernel("logprob_fold", tile)(
         tile.itemsize,
         tile.data_ptr(),
         tile.stride(0),
@@ -249,7 +250,7 @@ def _make_gradient(
 ) -> None:
     """Gradient of the logits in `source` (raw, or finished z) into `tile`."""
     logprob, entropy, lse, lse_low, grad_logprob, grad_entropy, grad_lse = map(_address, per_row)
-    _C.logprob_grad(
+    _kernel("logprob_grad", tile)(
         tile.itemsize,
         source.data_ptr(),
         source.stride(0),
@@ -269,6 +270,13 @@ def _make_gradient(
         grad_entropy,
         grad_lse,
     )
+
+
+def _kernel(name: str, tile: Tensor) -> Callable[..., None]:
+    """The C++ kernel, or the CUDA kernel of the same contract on the current stream."""
+    if tile.device.type == "cpu":
+        return getattr(_C, name)
+    return partial(getattr(_C, f"cuda_{name}"), torch.cuda.current_stream(tile.device).cuda_stream)
 
 
 def _transform(p: Problem) -> tuple[float, float, float]:

@@ -1,0 +1,27 @@
+// Every CUDA kernel: raw device pointers and a stream in, the status of the launch (a cudaError_t, 0 for success) out.
+// Row-major float32, contiguous rows. The current device must be the one that holds the tensors.
+#pragma once
+
+#include <cstdint>
+
+namespace posttrain::cuda {
+
+// As in cpu/kernels.h: z = cap((a + bias) * scale) * inverse_temperature, softcap 0 for no cap.
+struct LogitTransform {
+  float scale, softcap, inverse_temperature;
+};
+
+// cpu/kernels.h has the contracts of both.
+int logprob_fold(void* stream, float* tile, int64_t stride, int64_t rows, int64_t cols, int64_t first_column,
+                 const int64_t* targets, const float* bias, LogitTransform transform, float* m, float* top, float* s,
+                 float* t, float* z_target, float* unit, int64_t width);
+int logprob_grad(void* stream, const float* tile, int64_t tile_stride, float* grad, int64_t grad_stride, int64_t rows,
+                 int64_t cols, int64_t first_column, const int64_t* targets, const float* bias,
+                 LogitTransform transform, bool finished, const float* logprob, const float* entropy,
+                 const float* lse, const float* lse_low, const float* grad_logprob, const float* grad_entropy,
+                 const float* grad_lse);
+
+// What a status means, in words.
+const char* describe(int status);
+
+}  // namespace posttrain::cuda

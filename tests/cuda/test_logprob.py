@@ -1,0 +1,84 @@
+"""linear_logprob with the CUDA fold: library GEMM tiles, statistics and gradients on the GPU."""
+
+import pytest
+import torch
+from tolerance import assert_true_to
+
+from posttrain import _C
+from posttrain.ops import linear_logprob, logprob_tiled, reference, use_backend
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: the CUDA kernels are only compiled"),
+    pytest.mark.skipif(not _C.with_cuda(), reason="this build has no CUDA kernels"),
+]
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    """Tiles that small problems cross several of, with rows that are not 16-byte aligned."""
+    monkeypatch.setattr(logprob_tiled, "ROWS", 7)
+    monkeypatch.setattr(logprob_tiled, "COLUMNS", 131)
+
+
+def inputs(device: str, dtype: torch.dtype, **sizes: int) -> dict[str, torch.Tensor]:
+    n, m, h, v = (sizes.get(name, default) for name, default in zip("nmhv", (11, 29, 40, 1000), strict=True))
+    generator = torch.Generator().manual_seed(3)
+    tensors = {
+        name: torch.randn(shape, generator=generator) for name, shape in {"hidden": (n, h), "bias": (v,)}.items()
+    }
+    tensors["weight"] = torch.randn(v, h, generator=generator) / h**0.5
+    targets = torch.randint(0, v, (m,), generator=generator)
+    targets[2] = -100
+    index = {"targets": targets, "rows": torch.randint(0, n, (m,), generator=generator)}
+    return {k: x.to(device, dtype).requires_grad_() for k, x in tensors.items()} | {
+        k: x.to(device) for k, x in index.items()
+    }
+
+
+def run(op, x: dict[str, torch.Tensor], frozen: bool, outputs: int, **options):
+    result = op(x["hidden"], x["weight"], x["targets"], rows=x["rows"], bias=x["bias"], **options)
+    generator = torch.Generator().manual_seed(5)
+    loss = sum((y * torch.randn(y.shape, generator=generator).to(y)).sum() for y in result[:outputs])
+    leaves = [x["hidden"]] if frozen else [x["hidden"], x["weight"], x["bias"]]
+    return result, torch.autograd.grad(loss, leaves)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("softcap", [None, 4.0])
+@pytest.mark.parametrize("outputs", [1, 3])
+@pytest.mark.usefixtures("poison")
+def test_against_the_reference(frozen, softcap, outputs):
+    options = {"softcap": softcap, "temperature": 0.8, "logit_scale": 1.2}
+    x = inputs("cuda", torch.float32)
+    for name in ("weight", "bias"):
+        x[name].requires_grad_(not frozen)
+    with use_backend("cuda"):
+        ours, grads = run(linear_logprob, x, frozen, outputs, need_entropy=True, **options)
+        again, grads_again = run(linear_logprob, x, frozen, outputs, need_entropy=True, **options)
+    truth, true_grads = run(reference.linear_logprob, inputs("cpu", torch.float64), frozen, outputs, **options)
+    for value, true in zip([*ours[:3], *grads], [*truth[:3], *true_grads], strict=True):
+        assert_true_to(value.detach().cpu(), true.detach())
+    assert torch.equal(ours[3].cpu(), truth[3])
+    for value, second in zip([*ours, *grads[1:]], [*again, *grads_again[1:]], strict=True):
+        assert torch.equal(value, second)
+
+
+@pytest.mark.usefixtures("poison")
+def test_extreme_logits():
+    x = inputs("cuda", torch.float32, n=6, m=6, h=6, v=600)
+    z = torch.randint(-40, 41, (6, 600), generator=torch.Generator().manual_seed(0)) / 8
+    z[0] += 1e4
+    z[1] -= 1e4
+    z[2, 11], z[2, 400] = 1e4, -1e4
+    z[3, 500:] += 1e4
+    with torch.no_grad():
+        logits = {"hidden": torch.eye(6) * 128, "weight": z.T / 128, "bias": torch.zeros(600)}
+        index = {"targets": torch.tensor([1, 2, 11, 520, 33, 5]), "rows": torch.arange(6)}
+    x = {k: t.cuda().requires_grad_(k in logits) for k, t in (logits | index).items()}
+    wide = {k: t.double().requires_grad_() for k, t in logits.items()} | index
+    with use_backend("cuda"):
+        ours, grads = run(linear_logprob, x, False, 3, need_entropy=True)
+    truth, true_grads = run(reference.linear_logprob, wide, False, 3)
+    for value, true in zip([*ours[:3], *grads], [*truth[:3], *true_grads], strict=True):
+        assert_true_to(value.detach().cpu(), true.detach())
