@@ -7,7 +7,7 @@ TORCH := torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc -type f)
+SOURCES := pyproject.toml build_backend.py CMakeLists.txt $(shell find csrc -type f)
 
 .PHONY: install demo test lint bench gpu clean
 

@@ -63,3 +63,14 @@ def test_cpu_kernels_compile_for_arm(compiler) -> None:
     options = ["-std=gnu++17", "-O1", "-fsyntax-only", "-fopenmp", "-DPOSTTRAIN_ISA=baseline", f"-I{_ROOT / 'csrc'}"]
     for source in sorted((_ROOT / "csrc" / "cpu").glob("*.cpp")):
         subprocess.run([compiler, *options, str(source)], check=True)
+
+
+def test_editable_install_leaves_the_path_alone(tmp_path) -> None:
+    """Sources of the working tree are found, Triton's among them, but no folder of it is on sys.path."""
+    code = "import sys, posttrain.kernels.rms_norm as k; print(k.__file__); print(*sys.path, sep='\\n')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    source, *path = done.stdout.splitlines()
+    if not source.startswith(str(_ROOT)) or "site-packages" in source:
+        pytest.skip(f"posttrain is not an editable install here: {source}")
+    assert source == str(_ROOT / "kernels" / "rms_norm.py")
+    assert not {str(_ROOT), str(_ROOT.parent)} & set(path)
