@@ -118,11 +118,25 @@ void multiply(Scalars<T> x, const T* b, int64_t b_stride, T* c, int64_t c_stride
   }
 }
 
-template <class T>
-inline Vec<T> exp_or_zero(Vec<T> x) {
-  const Vec<T> floor = splat(T(-87));  // below, numbers get denormal and slow
-  return x > floor ? exp(max<T>(x, floor)) : splat(T(0));
+// e^x for x <= 0, to 2 ulp; 0 below -87, where numbers get denormal and slow. Like exp, but in half the instructions.
+inline Vec<float> decay(Vec<float> x) {
+  const Vec<float> floor = splat(-87.0f), magic = splat(12582912.0f);
+  const Vec<float> clamped = x < floor ? floor : x;
+  const Vec<float> shifted = clamped * 1.44269504088896341f + magic;
+  const Vec<float> n = shifted - magic;
+  const Vec<float> r = (clamped - n * 0.693359375f) - n * -2.12194440e-4f;
+  Vec<float> p = splat(1.979029912e-4f);
+  p = p * r + 1.394470339e-3f;
+  p = p * r + 8.333497681e-3f;
+  p = p * r + 4.166629538e-2f;
+  p = p * r + 1.666666567e-1f;
+  p = p * r + 0.5f;
+  p = p * r * r + r + 1.0f;
+  const Vec<float> power = (Vec<float>)((VecInt)p + ((VecInt)shifted << 23));
+  return x < floor ? splat(0.0f) : power;
 }
+
+inline Vec<double> decay(Vec<double> x) { return exp(x); }
 
 template <class T>
 inline Mask<T> load_indices(const typename Index<T>::type* p) {
@@ -241,17 +255,18 @@ void online_softmax(T* s, int64_t keys, int64_t width, T* m, T* l, T* ot, int64_
     Vec<T> top = load(m + r);
     for (int64_t j = 0; j < keys; ++j) top = max<T>(top, load(s + j * kRows<T> + r));
     const Vec<T> reference = top > T(-kInfinity) ? top : splat(T(0));
-    const Vec<T> factor = exp_or_zero<T>(load(m + r) - reference);
+    const Vec<T> factor = decay(load(m + r) - reference);
     Vec<T> sums = load(l + r) * factor;
     for (int64_t j = 0; j < keys; ++j) {
       T* at = s + j * kRows<T> + r;
-      const Vec<T> p = exp_or_zero<T>(load(at) - reference);
+      const Vec<T> p = decay(load(at) - reference);
       store(at, p);
       sums += p;
     }
     store(m + r, top);
     store(l + r, sums);
-    for (int64_t d = 0; d < value_width; ++d) store(ot + d * kRows<T> + r, load(ot + d * kRows<T> + r) * factor);
+    if (sum<T>(factor < T(1) ? splat(T(1)) : splat(T(0))) > 0)
+      for (int64_t d = 0; d < value_width; ++d) store(ot + d * kRows<T> + r, load(ot + d * kRows<T> + r) * factor);
   }
 }
 
@@ -296,7 +311,7 @@ void score_gradients(T* s, T* dp, int64_t keys, int64_t width, T cap, const T* l
   if (masked) panel.mask(range, s);
   for (int64_t j = 0; j < keys; ++j, s += kRows<T>, dp += kRows<T>)
     for (int64_t r = 0; r < width; r += Lanes<T>::n) {
-      const Vec<T> z = load(s + r), p = exp_or_zero<T>(z - load(lse + r));
+      const Vec<T> z = load(s + r), p = decay(z - load(lse + r));
       Vec<T> g = p * (load(dp + r) - load(delta + r));
       if (cap > 0) g *= p > T(0) ? T(1) - z * z * (1 / (cap * cap)) : splat(T(0));
       store(s + r, p);

@@ -116,7 +116,8 @@ class PackedLayout:
         """For example `PackedLayout(14 tokens on cpu, segments of 4(3, 2), 5)`: children are in brackets."""
         until = self.visible_until.tolist()
         spans = [span for span in pairwise(self.segment_starts) if span[0] < span[1]]
-        text, open_until = "", []
+        text = ""
+        open_until: list[int] = []
         for start, end in spans[:_SHOWN]:
             depth = len(open_until)
             open_until = [limit for limit in open_until if limit > start]
