@@ -21,6 +21,7 @@ dtype of the inputs; then two library GEMMs, dX += D W in float32 and dW = D^T X
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -1065,41 +1066,50 @@ def _accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 def ahead_of_time() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
     """The kernels with their production block sizes, for tests/kernels/aot.py."""
+    gemms = (_statistics_kernel, {"SAVES": True}), (_gradient_kernel, {"LORA": True})
     for capability in (80, 89, 90, 100, 120):
-        wide, narrow = _newest(WIDE, capability), _newest(NARROW, capability)
-        yield _compiled(_statistics_kernel, "bf16", wide, capability, write=True)
-        yield _compiled(_gradient_kernel, "bf16", wide, capability, lora=True)
-        yield _compiled(_statistics_kernel, "bf16", narrow, capability, write=True, entropy=True, softcap=True)
-        yield _compiled(_gradient_kernel, "bf16", narrow, capability, lora=True, entropy=True, softcap=True)
-    yield _compiled(_statistics_kernel, "fp32", FLOAT_BLOCKS, 80, write=True, entropy=True, softcap=True)
-    yield _compiled(_gradient_kernel, "fp32", FLOAT_BLOCKS, 80, lora=True, entropy=True, softcap=True)
+        for (kernel, features), rich in product(gemms, (False, True)):
+            b = _newest(NARROW if rich else WIDE, capability)
+            yield _compiled(kernel, "bf16", _constants(b), rich, b, capability=capability, **features)
+    for kernel, features in gemms:
+        yield _compiled(kernel, "fp32", _constants(FLOAT_BLOCKS), True, FLOAT_BLOCKS, capability=80, **features)
+    yield _compiled(_combine_kernel, "bf16", {"BLOCK": 128}, True)
+    yield _compiled(_align_kernel, "bf16", {"BLOCK_M": 16, "BLOCK_V": 256, "BLOCK_H": 256}, True)
+    yield _compiled(_finish_unit_kernel, "bf16", {"BLOCK_M": 8, "BLOCK_H": 256}, True)
+    yield _compiled(_target_logit_kernel, "bf16", {"BLOCK_M": 16, "BLOCK_K": 128}, True, LORA=True)
+    yield _compiled(_project_kernel, "bf16", {"BLOCK_M": 32, "BLOCK_K": 64, "BLOCK_R": 16}, True)
+    yield _compiled(_sum_rows_kernel, "bf16", {"BLOCK_H": 1024}, True)
 
 
-_TYPES = {"M": "i32", "first_split": "i32", "num_splits": "i32", "first_tile": "i32", "num_tiles": "i32"}
-_TYPES |= dict.fromkeys(("V", "H", "R", "hidden_stride", "weight_stride", "p_stride", "d_stride"), "i32:16")
-_TYPES |= dict.fromkeys(("inner", "outer", "headroom"), "fp32")
-_TYPES |= dict.fromkeys(("targets_ptr", "rows_ptr"), "*i64:16")
-_DATA = ("hidden_ptr", "weight_ptr", "bias_ptr", "low_ptr", "lora_b_ptr", "p_ptr", "d_ptr")
+_SCALARS = {"inner": "fp32", "outer": "fp32", "headroom": "fp32", "scale": "fp32", "scaling": "fp32"}
+_SCALARS |= dict.fromkeys(("M", "first_split", "num_splits", "first_tile", "num_tiles"), "i32")
+_SCALARS |= dict.fromkeys(("V", "H", "R", "hidden_stride", "weight_stride", "p_stride", "d_stride"), "i32:16")
+_INDEX = ("targets_ptr", "rows_ptr", "order_ptr", "ends_ptr")
+_DATA = ("hidden_ptr", "weight_ptr", "bias_ptr", "low_ptr", "lora_a_ptr", "lora_b_ptr", "p_ptr", "d_ptr", "out_ptr")
+
+
+def _constants(b: Blocks) -> dict[str, Any]:
+    return {"BLOCK_M": b.rows, "BLOCK_V": b.columns, "BLOCK_K": b.depth, "BLOCK_R": 16, "TILES": TILES, "GROUP": GROUP}
 
 
 def _compiled(
-    kernel, dtype: str, b: Blocks, capability: int, write=False, entropy=False, softcap=False, lora=False
+    kernel,
+    dtype: str,
+    constants: dict[str, Any],
+    rich: bool,
+    b: Blocks | None = None,
+    capability: int | None = None,
+    SAVES: bool = False,
+    LORA: bool = False,
 ) -> tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]:
-    """A GEMM kernel with some of its features; softcap stands for softcap, bias and an odd H."""
-    constants: dict[str, Any] = {
-        "BLOCK_M": b.rows,
-        "BLOCK_V": b.columns,
-        "BLOCK_K": b.depth,
-        "BLOCK_R": 16,
-        "TILES": TILES,
-    }
-    constants |= {"GROUP": GROUP, "SOFTCAP": softcap, "EVEN_H": not softcap, "ENTROPY": entropy}
-    absent = [] if write else ["p_ptr", "reference_ptr", "tile_reference_ptr"]
-    absent += [] if entropy else ["t_ptr", "grad_entropy_ptr"]
-    absent += [] if softcap else ["bias_ptr"]
-    absent += [] if lora else ["low_ptr", "lora_b_ptr"]
-    constants = {name: value for name, value in (constants | dict.fromkeys(absent)).items() if name in kernel.arg_names}
-    types = _TYPES | dict.fromkeys(_DATA, f"*{dtype}:16")
+    """One entry; `rich` means with softcap, bias, entropy and an H that is no multiple of a tile."""
+    absent = [] if SAVES or kernel is not _statistics_kernel else ["p_ptr", "reference_ptr", "tile_reference_ptr"]
+    absent += [] if rich else ["bias_ptr", "t_ptr", "grad_entropy_ptr"]
+    absent += [] if LORA or kernel is _project_kernel else ["low_ptr", "lora_b_ptr"]
+    constants = constants | {"SOFTCAP": rich, "ENTROPY": rich, "EVEN_H": not rich} | dict.fromkeys(absent)
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    types = _SCALARS | dict.fromkeys(_INDEX, "*i64:16") | dict.fromkeys(_DATA, f"*{dtype}:16") | {"is_top1_ptr": "*u8"}
     signature = {name: types.get(name, "*fp32:16") for name in kernel.arg_names if name not in constants}
-    name = f"{kernel.__name__} {dtype} {tuple(b)}"
-    return name, kernel, signature, constants, {"num_warps": b.warps, "num_stages": b.stages, "capability": capability}
+    options: dict[str, Any] = {} if b is None else {"num_warps": b.warps, "num_stages": b.stages}
+    options |= {} if capability is None else {"capability": capability}
+    return f"{kernel.__name__} {dtype} {tuple(b or ())}", kernel, signature, constants, options
