@@ -30,7 +30,7 @@ def test_wheel_has_the_right_files_and_works_from_elsewhere(tmp_path) -> None:
     target = tmp_path / "site"
     subprocess.run([*pip, "install", str(wheel), *quiet, "--target", target], check=True)
     code = (
-        "import sys; sys.meta_path = [f for f in sys.meta_path if 'ditable' not in type(f).__name__]; "
+        "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in type(f).__module__]; "
         "import posttrain.kernels.rms_norm, torch; from posttrain import ops; "
         "y = ops.rms_norm(torch.ones(2, 8), torch.ones(8)); assert ops.backend_for('rms_norm', y) == 'cpu'; "
         "assert torch.allclose(y, torch.ones(2, 8)); print(posttrain.__file__)"
