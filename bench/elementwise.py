@@ -1,4 +1,4 @@
-"""What the benchmarks of the elementwise ops share: the peers, one training step of an op, and the memory floor."""
+"""What the benchmarks of the elementwise ops share: the peers, one training step, and a copy of as many bytes."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -38,12 +38,14 @@ def copies(tensors: float, like: Tensor) -> Callable[[], None]:
 
 
 def compare(functions: Mapping[str, Function], inputs: Sequence[Tensor], passes: float) -> Comparison:
-    """Steps of `functions`, the first of them the baseline, beside the memory floor.
+    """Steps of `functions`, the first of them the baseline, beside a copy that moves as many bytes.
 
     `passes` is how many tensors of the size of inputs[0] a perfect forward and backward read and write.
     """
     steps = {name: step(function, inputs) for name, function in functions.items()}
-    return interleave({**steps, "memory floor": copies(passes, inputs[0])}, baseline=next(iter(functions)), rounds=21)
+    return interleave(
+        {**steps, "copying as many bytes": copies(passes, inputs[0])}, baseline=next(iter(functions)), rounds=21
+    )
 
 
 def compiled(function: Function) -> Function:

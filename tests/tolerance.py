@@ -49,9 +49,7 @@ def gradients(
     result = function(*leaves)
     outputs = (result,) if isinstance(result, Tensor) else tuple(result)
     generator = torch.Generator().manual_seed(len(outputs))
-    incoming = [
-        torch.randint(-32, 33, y.shape, generator=generator).to(y.device, y.dtype) / 16 for y in outputs
-    ]
+    incoming = [torch.randint(-32, 33, y.shape, generator=generator).to(y.device, y.dtype) / 16 for y in outputs]
     return tuple(y.detach() for y in outputs), torch.autograd.grad(outputs, leaves, incoming)
 
 
