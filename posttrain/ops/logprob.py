@@ -34,7 +34,8 @@ from posttrain.ops.backend import backend_for
 from posttrain.ops.library import define
 from posttrain.ops.logprob_problem import IGNORED, Grads, Needs, Problem
 
-DEFAULT_MEMORY_BUDGET = 32 << 20
+# A GPU's slabs are wider: each one reads and writes the whole float32 sum of the second GEMM.
+DEFAULT_MEMORY_BUDGET = {"cpu": 32 << 20, "cuda": 512 << 20}
 
 
 class TokenLogprobs(NamedTuple):
@@ -65,7 +66,7 @@ def linear_logprob(
     logit_scale: float = 1.0,
     lora: tuple[Tensor, Tensor, float] | None = None,
     need_entropy: bool = False,
-    memory_budget: int = DEFAULT_MEMORY_BUDGET,
+    memory_budget: int | None = None,
 ) -> TokenLogprobs:
     """Log-probability of each target under the softmax of a language head.
 
@@ -81,7 +82,8 @@ def linear_logprob(
         logit_scale: multiplies the raw logits.
         lora: (A `[R, H]`, B `[V, R]`, scaling), an adapter on the head; never merged. Computed in hidden's dtype.
         need_entropy: also compute the entropy.
-        memory_budget: bytes of workspace, beyond inputs, outputs, gradients and one `[M, H]` of saved state.
+        memory_budget: bytes of workspace, beyond inputs, outputs, gradients and one `[M, H]` of saved state; by
+            default 32 MiB on a CPU and 512 MiB on a GPU.
 
     Returns:
         `TokenLogprobs`, in float32 (float64 for float64). logprob, entropy and lse are differentiable with respect
@@ -109,6 +111,8 @@ def linear_logprob(
             lora=lora,
         )
         return TokenLogprobs(logprob, entropy if need_entropy else None, lse, is_top1)
+    if memory_budget is None:
+        memory_budget = DEFAULT_MEMORY_BUDGET.get(hidden.device.type, 32 << 20)
     head = [g for g in (weight, bias, lora_a, lora_b) if g is not None]
     save = _what_to_save(hidden, head, len(targets), memory_budget, lora is not None, backend)
     scalars = (float(scaling), float(temperature), softcap, float(logit_scale), need_entropy, memory_budget)
