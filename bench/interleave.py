@@ -58,14 +58,15 @@ def interleave(
 ) -> Comparison:
     """Time `functions`, each of which takes no argument, against the one named `baseline`.
 
-    A sample is one call, or as many calls as last `min_seconds`. Every function is called twice before.
+    A sample is one call, or as many calls as last `min_seconds`. Every function is called before, twice if a call
+    takes less than a second.
     """
     if baseline not in functions:
         raise ValueError(f"interleave: no function named {baseline!r} among {', '.join(functions)}")
     calls = {}
     for name, function in functions.items():
-        _sample(function, 1)
-        calls[name] = max(1, math.ceil(min_seconds / _sample(function, 1)))
+        first = _sample(function, 1)
+        calls[name] = 1 if first > 1 else max(1, math.ceil(min_seconds / _sample(function, 1)))
     names = list(functions)
     samples: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(rounds):
