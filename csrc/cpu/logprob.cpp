@@ -14,10 +14,26 @@ constexpr double kSlack = 16.0;
 constexpr double kUnderflow = -87.0;  // e^x below this counts as 0: denormal numbers would be slow
 const double kInfinity = __builtin_inf();
 
-template <class T>
-inline Vec<T> exp_or_zero(Vec<T> x) {
-  const Vec<T> floor = splat(T(kUnderflow));
-  return x > floor ? exp(max<T>(x, floor)) : splat(T(0));
+// e^x, or 0 below kUnderflow, for x up to 88: the polynomial of simd.h's exp without its care for the ends of the
+// range. NaN stays NaN.
+inline Vec<float> exp_or_zero(Vec<float> x) {
+  const Vec<float> magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds, and leaves n in the lowest bits
+  const Vec<float> shifted = x * 1.44269504088896341f + magic;
+  const Vec<float> n = shifted - magic;
+  const Vec<float> r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+  Vec<float> p = splat(1.979029912e-4f);
+  p = p * r + 1.394470339e-3f;
+  p = p * r + 8.333497681e-3f;
+  p = p * r + 4.166629538e-2f;
+  p = p * r + 1.666666567e-1f;
+  p = p * r + 0.5f;
+  p = p * r * r + r + 1.0f;
+  const Vec<float> power = (Vec<float>)(((VecInt)shifted << 23) + (127 << 23));
+  return x < float(kUnderflow) ? splat(0.0f) : p * power;
+}
+
+inline Vec<double> exp_or_zero(Vec<double> x) {
+  return x < kUnderflow ? splat(0.0) : exp(x);
 }
 
 // Calls body(offset, lanes) for every vector of a row; lanes < Lanes<T>::n only for the last.
@@ -91,7 +107,7 @@ void fold_row(T* row, int64_t cols, T m, const LogitTransform& f, T* s, T* t) {
   Vec<T> sums = splat(T(0)), weighted = splat(T(0));
   over_row<T>(cols, [&](int64_t j, int lanes) {
     const Vec<T> z = get(row + j, lanes, T(-kInfinity));
-    const Vec<T> e = exp_or_zero<T>(z - m);
+    const Vec<T> e = exp_or_zero(z - m);
     sums += e;
     if (kEntropy) weighted += e > T(0) ? e * (z - m) : splat(T(0));
     if (kUnit) put(row + j, f.softcap == 0 ? e : e * (e > T(0) ? slope<T>(z, f) : splat(T(0))), lanes);
@@ -105,10 +121,11 @@ void fold_row(T* row, int64_t cols, T m, const LogitTransform& f, T* s, T* t) {
 template <class T>
 void logprob_fold(T* tile, int64_t stride, int64_t rows, int64_t cols, int64_t first_column, const int64_t* targets,
                   const T* bias, LogitTransform f, T* m, T* top, T* s, T* t, T* z_target, T* unit, int64_t width) {
+  const bool finished = bias == nullptr && f.softcap == 0 && f.scale * f.inverse_temperature == 1;
 #pragma omp parallel for schedule(static) if (rows * cols > 4096)
   for (int64_t i = 0; i < rows; ++i) {
     T* row = tile + i * stride;
-    T tile_top = transform_row(row, bias, cols, f);
+    T tile_top = finished ? max_of_row(row, cols) : transform_row(row, bias, cols, f);
     const int64_t y = targets[i] - first_column;
     const bool has_target = y >= 0 && y < cols;
     if (has_target) {
@@ -144,7 +161,7 @@ void grad_row(const T* z_row, T* grad, int64_t cols, const LogitTransform& f, T 
   over_row<T>(cols, [&](int64_t j, int lanes) {
     const Vec<T> z = get(z_row + j, lanes, T(-kInfinity));
     const Vec<T> log_p = (z - lse) - lse_low;
-    const Vec<T> p = exp_or_zero<T>(log_p);
+    const Vec<T> p = exp_or_zero(log_p);
     Vec<T> g = p * (pull * factor);
     if (kEntropy) g -= p > T(0) ? p * (log_p + entropy) * (grad_entropy * factor) : splat(T(0));
     put(grad + j, f.softcap == 0 ? g : g * slope<T>(z, f), lanes);

@@ -137,11 +137,12 @@ def _forward(*arguments) -> tuple[Tensor, ...]:
     """(logprob, entropy, lse, what rounding took from lse, is_top1, saved)."""
     *fields, save, backend = arguments
     p = Problem(*fields)
-    if backend == "triton":
-        from posttrain.kernels.logprob import logprob_forward
+    with torch.autocast(p.hidden.device.type, enabled=False):
+        if backend == "triton":
+            from posttrain.kernels.logprob import logprob_forward
 
-        return logprob_forward(p, save)
-    return logprob_tiled.forward(_contiguous(p), save)
+            return logprob_forward(p, save)
+        return logprob_tiled.forward(_contiguous(p), save)
 
 
 def _fake(*arguments):
@@ -187,21 +188,27 @@ def _backward(ctx, grad_logprob, grad_entropy, grad_lse, *_):
 
 def _gradient(grad_logprob, grad_entropy, grad_lse, logprob, entropy, lse, lse_low, saved, *arguments):
     *fields, needs, save, backend = arguments
-    p, needs = Problem(*fields), Needs(*needs)
-    incoming, results = (grad_logprob, grad_entropy, grad_lse), (logprob, entropy, lse)
-    unit_is_enough = save == "unit" and grad_entropy is None and grad_lse is None
-    if backend == "triton":
-        from posttrain.kernels import logprob as triton
+    p = Problem(*fields)
+    incoming, results = (grad_logprob, grad_entropy, grad_lse), (logprob, entropy, lse, lse_low)
+    with torch.autocast(p.hidden.device.type, enabled=False):
+        if save == "unit" and grad_entropy is None and grad_lse is None:
+            grads = Grads(_unit_gradient(p, grad_logprob, saved, backend), None, None, None, None)
+        elif backend == "triton":
+            from posttrain.kernels.logprob import logprob_backward
 
-        if unit_is_enough:
-            hidden = triton.unit_backward(grad_logprob, saved, p.rows, len(p.hidden), p.hidden.dtype)
-            return _filled(p, Grads(hidden, None, None, None, None))
-        return _filled(p, triton.logprob_backward(p, *incoming, *results, lse_low, needs))
-    p = _contiguous(p)
-    if unit_is_enough:
-        return _filled(p, Grads(logprob_tiled.unit_backward(p, grad_logprob, saved), None, None, None, None))
-    logits = saved if save == "logits" else None
-    return _filled(p, logprob_tiled.backward(p, *incoming, *results, lse_low, logits, needs))
+            grads = logprob_backward(p, *incoming, *results, Needs(*needs))
+        else:
+            logits = saved if save == "logits" else None
+            grads = logprob_tiled.backward(_contiguous(p), *incoming, *results, logits, Needs(*needs))
+    return _filled(p, grads)
+
+
+def _unit_gradient(p: Problem, grad_logprob: Tensor, unit: Tensor, backend: str) -> Tensor:
+    if backend == "triton":
+        from posttrain.kernels.logprob import unit_backward
+
+        return unit_backward(grad_logprob, unit, p.rows, len(p.hidden), p.hidden.dtype)
+    return logprob_tiled.unit_backward(_contiguous(p), grad_logprob, unit)
 
 
 def _filled(p: Problem, grads: Grads) -> tuple[Tensor, ...]:
@@ -240,6 +247,9 @@ def _check(
         _refuse(f"targets must be int64 [M]; got {targets.dtype} {list(targets.shape)}")
     if rows is None and len(targets) != len(hidden):
         _refuse(f"without rows, targets need one entry per row of hidden; got {len(targets)} for {len(hidden)} rows")
+    if targets.device != hidden.device or (rows is not None and rows.device != hidden.device):
+        where = "no rows" if rows is None else f"rows on {rows.device}"
+        _refuse(f"targets and rows must be on {hidden.device} like hidden; got targets on {targets.device}, {where}")
     if rows is not None and (rows.shape != targets.shape or rows.dtype != torch.int64):
         _refuse(f"rows must be int64 {list(targets.shape)} like targets; got {rows.dtype} {list(rows.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:

@@ -213,6 +213,31 @@ def test_huge_logits():
         assert_true_to(value, true)
 
 
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("budget", [0, 1 << 20])
+def test_not_a_number_is_not_hidden(frozen, budget):
+    """A NaN in the head's row of any token reaches every result, as it does through the whole logits."""
+    case = Case(ignored=())
+    case.weight[40] = torch.nan
+    (*values, _), grads = case.run(
+        linear_logprob, torch.float32, frozen=frozen, memory_budget=budget, need_entropy=True
+    )
+    _, true_grads = case.run(reference.linear_logprob, torch.float32, frozen=frozen)
+    assert all(value.isnan().all() for value in values)
+    for grad, truth in zip(grads, true_grads, strict=True):
+        assert torch.equal(grad.isnan(), truth.isnan())
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_autocast_changes_nothing(frozen):
+    case = Case()
+    expected = case.run(linear_logprob, torch.float32, frozen=frozen, need_entropy=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = case.run(linear_logprob, torch.float32, frozen=frozen, need_entropy=True)
+    for a, b in zip([*expected[0], *expected[1]], [*found[0], *found[1]], strict=True):
+        assert torch.equal(a, b)
+
+
 def test_confident_tokens_keep_their_digits():
     gap = torch.tensor([10.0, 20.0, 40.0, 80.0])
     hidden, weight = torch.stack([gap, torch.zeros(4)], 1).requires_grad_(), torch.eye(2)
@@ -283,6 +308,11 @@ def _call(**changes):
         ({"targets": torch.tensor([0, 0, -1, 0])}, r"targets\[2\] is -1"),
         ({"rows": torch.tensor([0, 1, 2, 4])}, r"rows\[3\] is 4, out of range \[0, 4\)"),
         ({"rows": torch.zeros(3, dtype=torch.int64)}, r"rows must be int64 \[4\]"),
+        (
+            {"targets": torch.zeros(4, dtype=torch.int64, device="meta")},
+            "on cpu like hidden; got targets on meta, no rows",
+        ),
+        ({"rows": torch.zeros(4, dtype=torch.int64, device="meta")}, "got targets on cpu, rows on meta"),
         ({"bias": torch.zeros(9)}, r"bias must be \[V\] = \[10\]; got \[9\]"),
         ({"bias": torch.zeros(10, dtype=torch.bfloat16)}, "bias must be torch.float32"),
         ({"lora": (torch.zeros(2, 8), torch.zeros(10, 3), 1.0)}, r"got \[2, 8\] and \[10, 3\]"),
