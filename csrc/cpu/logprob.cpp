@@ -14,22 +14,11 @@ constexpr double kSlack = 16.0;
 constexpr double kUnderflow = -87.0;  // e^x below this counts as 0: denormal numbers would be slow
 const double kInfinity = __builtin_inf();
 
-// e^x, or 0 below kUnderflow, for x up to 88: the polynomial of simd.h's exp without its care for the ends of the
-// range. NaN stays NaN.
+// e^x, or 0 below kUnderflow, for x up to 88: simd.h's exp without its care for the ends of the range.
 inline Vec<float> exp_or_zero(Vec<float> x) {
-  const Vec<float> magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds, and leaves n in the lowest bits
-  const Vec<float> shifted = x * 1.44269504088896341f + magic;
-  const Vec<float> n = shifted - magic;
-  const Vec<float> r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
-  Vec<float> p = splat(1.979029912e-4f);
-  p = p * r + 1.394470339e-3f;
-  p = p * r + 8.333497681e-3f;
-  p = p * r + 4.166629538e-2f;
-  p = p * r + 1.666666567e-1f;
-  p = p * r + 0.5f;
-  p = p * r * r + r + 1.0f;
-  const Vec<float> power = (Vec<float>)(((VecInt)shifted << 23) + (127 << 23));
-  return x < float(kUnderflow) ? splat(0.0f) : p * power;
+  const ExpParts parts = exp_parts(x);
+  const Vec<float> power = (Vec<float>)((parts.n + 127) << 23);
+  return x < float(kUnderflow) ? splat(0.0f) : parts.fraction * power;
 }
 
 inline Vec<double> exp_or_zero(Vec<double> x) {
@@ -121,11 +110,10 @@ void fold_row(T* row, int64_t cols, T m, const LogitTransform& f, T* s, T* t) {
 template <class T>
 void logprob_fold(T* tile, int64_t stride, int64_t rows, int64_t cols, int64_t first_column, const int64_t* targets,
                   const T* bias, LogitTransform f, T* m, T* top, T* s, T* t, T* z_target, T* unit, int64_t width) {
-  const bool finished = bias == nullptr && f.softcap == 0 && f.scale * f.inverse_temperature == 1;
 #pragma omp parallel for schedule(static) if (rows * cols > 4096)
   for (int64_t i = 0; i < rows; ++i) {
     T* row = tile + i * stride;
-    T tile_top = finished ? max_of_row(row, cols) : transform_row(row, bias, cols, f);
+    T tile_top = transform_row(row, bias, cols, f);
     const int64_t y = targets[i] - first_column;
     const bool has_target = y >= 0 && y < cols;
     if (has_target) {

@@ -105,27 +105,35 @@ inline T max_lane(Vec<T> v) {
   return m;
 }
 
-// e^x to 2 ulp: x = n ln2 + r with |r| <= ln2/2, a polynomial of degree 7 in r (a least-maximum fit, relative error
-// 1e-9), and n added to the exponent in two halves so that results near the ends of the range stay right. Below -103.98
-// the result is 0, above 88.73 infinity.
-inline Vec<float> exp(Vec<float> x) {
-  const Vec<float> clamped = max<float>(splat(-104.0f), x < 89.0f ? x : splat(89.0f));
+// e^x = fraction 2^n: x = n ln2 + r with |r| <= ln2/2, and a polynomial of degree 7 in r (a least-maximum fit, relative
+// error 1e-9).
+struct ExpParts {
+  Vec<float> fraction;
+  VecInt n;
+};
+
+inline ExpParts exp_parts(Vec<float> x) {
   const Vec<float> magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to the nearest integer
-  const Vec<float> shifted = clamped * 1.44269504088896341f + magic;
+  const Vec<float> shifted = x * 1.44269504088896341f + magic;
   const Vec<float> n = shifted - magic;
-  const Vec<float> r = (clamped - n * 0.693359375f) - n * -2.12194440e-4f;
+  const Vec<float> r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
   Vec<float> p = splat(1.979029912e-4f);
   p = p * r + 1.394470339e-3f;
   p = p * r + 8.333497681e-3f;
   p = p * r + 4.166629538e-2f;
   p = p * r + 1.666666567e-1f;
   p = p * r + 0.5f;
-  p = p * r * r + r + 1.0f;
-  const VecInt exponent = (VecInt)shifted - (VecInt)magic;
-  const VecInt half = exponent >> 1;
+  return {p * r * r + r + 1.0f, (VecInt)shifted - (VecInt)magic};
+}
+
+// e^x to 2 ulp; n is added to the exponent in two halves so that results near the ends of the range stay right. Below
+// -103.98 the result is 0, above 88.73 infinity.
+inline Vec<float> exp(Vec<float> x) {
+  const ExpParts parts = exp_parts(max<float>(splat(-104.0f), x < 89.0f ? x : splat(89.0f)));
+  const VecInt half = parts.n >> 1;
   const Vec<float> low = (Vec<float>)((half + 127) << 23);
-  const Vec<float> high = (Vec<float>)((exponent - half + 127) << 23);
-  const Vec<float> result = p * low * high;
+  const Vec<float> high = (Vec<float>)((parts.n - half + 127) << 23);
+  const Vec<float> result = parts.fraction * low * high;
   return x == x ? result : x;  // NaN stays NaN
 }
 

@@ -238,6 +238,17 @@ def test_autocast_changes_nothing(frozen):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("where", ["hidden", "weight"])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_nan_is_not_hidden(where, frozen):
+    case = Case(n=4, h=8, v=40, m=6, ignored=())
+    getattr(case, where)[1] = torch.nan
+    (logprob, *_), (grad, *_) = case.run(linear_logprob, torch.float32, frozen=frozen, wants=("logprob",), lora=False)
+    hit = (case.rows == 1) if where == "hidden" else torch.ones(6, dtype=torch.bool)
+    assert torch.equal(logprob.isnan(), hit)
+    assert torch.equal(grad.isnan().any(1), torch.zeros(4, dtype=torch.bool).index_fill_(0, case.rows[hit], True))
+
+
 def test_confident_tokens_keep_their_digits():
     gap = torch.tensor([10.0, 20.0, 40.0, 80.0])
     hidden, weight = torch.stack([gap, torch.zeros(4)], 1).requires_grad_(), torch.eye(2)
