@@ -121,7 +121,10 @@ def _read_csv(path: Path, bad: BadRows) -> tuple[list[Row], list[int]]:
     before = csv.field_size_limit(sys.maxsize)
     reader = csv.reader((line for _, line in _lines(path)), strict=True)
     try:
-        header = next(reader, [])
+        try:
+            header = next(reader, [])
+        except csv.Error as error:
+            raise DataError(f"{path}, line 1: broken CSV: {error}") from error
         while True:
             first = reader.line_num + 1
             try:

@@ -73,15 +73,16 @@ def defect(folder: Path) -> str | None:
     """Why `folder` is not a whole checkpoint, or None if it is."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        entries = [(name, entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"it has no readable {MANIFEST}"
-    for name, entry in manifest["files"].items():
+    for name, size, digest in entries:
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
-        if path.stat().st_size != entry["size"]:
-            return f"{name} has {path.stat().st_size} bytes instead of {entry['size']}"
-        if _sha256(path) != entry["sha256"]:
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes instead of {size}"
+        if _sha256(path) != digest:
             return f"{name} is not what was written"
     return None
 
@@ -97,9 +98,10 @@ def find_newest(output_dir: Path) -> Path | None:
     return next((folder for folder in find_all(output_dir) if defect(folder) is None), None)
 
 
-def remove_old(output_dir: Path, keep: int) -> None:
-    """Delete all but the `keep` newest checkpoints."""
-    for folder in find_all(output_dir)[keep:]:
+def remove_old(newest: Path, keep: int) -> None:
+    """Delete all but `keep` checkpoints up to `newest`. Later ones, which a resumed run left behind, don't count."""
+    folders = find_all(newest.parent)
+    for folder in folders[folders.index(newest) + keep :]:
         (folder / MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(folder)
 

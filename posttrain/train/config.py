@@ -108,6 +108,10 @@ class TrainConfig:
         _at_least(self, 1, "per_device_train_batch_size", "gradient_accumulation_steps", "max_tokens_per_batch")
         _at_least(self, 1, "logging_steps", "eval_steps", "save_total_limit")
         _at_least(self, 0, "learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "save_steps", "lora_r")
+        _at_least(self, 0, "adam_beta1", "adam_beta2", "adam_epsilon", "lora_dropout")
+        for name in ("adam_beta1", "adam_beta2", "lora_dropout"):
+            if getattr(self, name) >= 1:
+                raise ConfigError(f"{name} must be below 1, got {getattr(self, name):g}")
         if self.max_steps <= 0 and self.num_train_epochs <= 0:
             raise ConfigError(f"num_train_epochs must be positive, got {self.num_train_epochs:g}")
 

@@ -4,6 +4,7 @@ It knows no method: it takes a source of steps and a function that gives the los
 """
 
 import math
+import os
 import random
 import signal
 import threading
@@ -15,9 +16,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from posttrain.data import PackedBatch
+from posttrain.data.values import first_line
 from posttrain.objectives import Loss
 from posttrain.train import checkpoint
 from posttrain.train.config import ConfigError, TrainConfig, check_writable
@@ -77,7 +79,7 @@ class Loop:
         self._speed = Speed()
         self._num_tokens = 0
 
-    def run(self, resume: bool | str | None = None) -> TrainResult:
+    def run(self, resume: bool | str | os.PathLike[str] | None = None) -> TrainResult:
         """Train to the last step. `resume` is a checkpoint folder, or True for the newest valid one.
 
         Ctrl-C finishes the running step, saves, and raises `Interrupted`.
@@ -101,12 +103,14 @@ class Loop:
                 norm = self._train_step(step)
                 progress.advance(step)
                 self._after_step(step, norm, log, progress)
-                if interrupt.asked and step < self.num_steps:
-                    raise Interrupted(self._save(step))
-            folder = self._save(self.num_steps)
+                stop, last = interrupt.asked, step == self.num_steps
+                if stop or last or (self.config.save_steps and step % self.config.save_steps == 0):
+                    saved = self._save(step)
+                    if stop and not last:
+                        raise Interrupted(saved)
         plot_metrics(self.history, self.output_dir / "metrics.png")
         final_loss = next(record["loss"] for record in reversed(self.history) if "loss" in record)
-        return TrainResult(self.num_steps, final_loss, folder)
+        return TrainResult(self.num_steps, final_loss, saved)
 
     def evaluate(self) -> dict[str, float]:
         """The metrics over the whole evaluation set, as `eval_<name>`."""
@@ -119,7 +123,7 @@ class Loop:
                 window.add(self.loss(self.model, batch.to(self.device), everything).metrics)
         return {f"eval_{name}": value for name, value in window.totals().items()}
 
-    def _train_step(self, step: int) -> Tensor:
+    def _train_step(self, step: int) -> float:
         """Optimizer step `step`, counted from 1. Returns the gradient's norm."""
         started = time.perf_counter()
         data = self.source.step(step - 1)
@@ -128,7 +132,7 @@ class Loop:
             loss = self.loss(self.model, batch.to(self.device), data)
             loss.value.backward()
             self._window.add(loss.metrics)
-        norm = self._optimizer.step(self._learning_rate(step))
+        norm = self._optimizer.step(self._learning_rate(step)).item()  # waits for the device, so the time is the work's
         self._window.end_step()
         self._num_tokens += data.num_tokens
         self._speed.add(time.perf_counter() - started, data.num_tokens)
@@ -138,19 +142,17 @@ class Loop:
         kind = self.config.lr_scheduler_type
         return self.config.learning_rate * learning_rate_factor(kind, step - 1, self.num_steps, self._num_warmup)
 
-    def _after_step(self, step: int, norm: Tensor, log: MetricsLog, progress: Progress) -> None:
-        """Log, evaluate and save, as far as it is time to."""
+    def _after_step(self, step: int, norm: float, log: MetricsLog, progress: Progress) -> None:
+        """Log and evaluate, as far as it is time to."""
         config, last = self.config, step == self.num_steps
         if step % config.logging_steps == 0 or last:
             record = {"step": step, "epoch": step / self.source.steps_per_epoch, **self._window.take()}
-            record |= {"grad_norm": norm.item(), "learning_rate": self._learning_rate(step)}
+            record |= {"grad_norm": norm, "learning_rate": self._learning_rate(step)}
             record |= {"num_tokens": self._num_tokens, **self._speed.take()}
             log.write(record)
             progress.report(step, record)
         if self.eval_source is not None and (last or (config.eval_steps and step % config.eval_steps == 0)):
             self._evaluate_into(log, progress, step)
-        if config.save_steps and step % config.save_steps == 0 and not last:
-            self._save(step)
 
     def _evaluate_into(self, log: MetricsLog, progress: Progress, step: int) -> None:
         record = {"step": step, **self.evaluate()}
@@ -167,11 +169,11 @@ class Loop:
         optimizer = self._optimizer.state()
         folder = checkpoint.save(self.output_dir, step, self.model, self.tokenizer, optimizer, state)
         if self.config.save_total_limit is not None:
-            checkpoint.remove_old(self.output_dir, self.config.save_total_limit)
+            checkpoint.remove_old(folder, self.config.save_total_limit)
         return folder
 
-    def _checkpoint_to_resume(self, resume: bool | str | None) -> Path | None:
-        if isinstance(resume, str):
+    def _checkpoint_to_resume(self, resume: bool | str | os.PathLike[str] | None) -> Path | None:
+        if isinstance(resume, str | os.PathLike):
             return Path(resume)
         newest = checkpoint.find_newest(self.output_dir)
         if resume and newest is None:
@@ -185,8 +187,15 @@ class Loop:
 
     def _resume(self, folder: Path) -> int:
         """Restore everything from `folder`; returns the step it was saved after."""
-        optimizer, state = checkpoint.load(folder, self.model, self.device)
-        self._optimizer.load_state(optimizer)
+        try:
+            optimizer, state = checkpoint.load(folder, self.model, self.device)
+            self._optimizer.load_state(optimizer)
+        except ConfigError:
+            raise
+        except (RuntimeError, ValueError) as error:
+            raise ConfigError(
+                f"resume_from_checkpoint: {folder} doesn't fit this model: {first_line(error)}"
+            ) from error
         self._window.restore(state["window"]["steps"], state["window"]["totals"])
         self._num_tokens = state["num_tokens"]
         return state["step"]

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from posttrain.data import PackedBatch
+from posttrain.data import Example, PackedBatch
 from posttrain.data.load import load_rows
 from posttrain.data.tokenize import tokenize_sft
 from posttrain.models import add_lora, load, prepare, token_logprobs
@@ -62,7 +62,7 @@ class SFTTrainer:
             None if eval_rows is None else self._pack(eval_rows, False),
         )
 
-    def train(self, resume_from_checkpoint: bool | str | None = None) -> TrainResult:
+    def train(self, resume_from_checkpoint: bool | str | Path | None = None) -> TrainResult:
         """Train, and save the last checkpoint. Resumes as told here or, by default, by the config."""
         resume = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
         return self._loop.run(resume)
@@ -98,6 +98,8 @@ class SFTTrainer:
             prepare(model)
         if tokenizer is None:
             raise ConfigError("no tokenizer: give processing_class along with a model object")
+        if (peft_config is not None or args.lora_r > 0) and hasattr(model, "peft_config"):
+            raise ConfigError("the model has an adapter already, which is trained; leave out lora_r and peft_config")
         if peft_config is not None:
             from peft import get_peft_model
 
@@ -121,6 +123,7 @@ class SFTTrainer:
             assistant_only_loss=args.assistant_only_loss,
             skip_bad_rows=args.skip_bad_rows,
         )
+        self._check_vocabulary(examples)
         return PackedSource(
             examples,
             sequences_per_step=args.per_device_train_batch_size * args.gradient_accumulation_steps,
@@ -128,6 +131,16 @@ class SFTTrainer:
             bin_tokens=args.max_length if args.packing else None,
             shuffle_seed=args.seed if shuffle else None,
         )
+
+    def _check_vocabulary(self, examples: list[Example]) -> None:
+        """Raise if the model has no embedding for a token."""
+        size = self.model.get_input_embeddings().weight.shape[0]
+        for example in examples:
+            if (token := int(example.input_ids.max())) >= size:
+                raise ConfigError(
+                    f"{example.origin or 'the data'} holds token {token}, but the model's vocabulary has {size}; "
+                    "the tokenizer is another model's"
+                )
 
 
 def _loss(model: Any, batch: PackedBatch, step: Step) -> Loss:

@@ -70,6 +70,7 @@ def test_csv_values_stay_text(tmp_path):
         ("a.csv", 'a,b\n"x\ny",z\nx\n', r"a\.csv, line 4: 1 fields, but the header has 2"),
         ("a.csv", 'a,b\n"x"y,z\n', r"a\.csv, line 2: broken CSV"),
         ("a.csv", b"a,b\n\xff,z\n", r"a\.csv, line 2: the text is not UTF-8"),
+        ("a.csv", '"text\nx\n', r"a\.csv, line 1: broken CSV: unexpected end of data"),
         ("a.parquet", "no parquet", r"a\.parquet: broken Parquet: "),
         ("a.txt", "hello", r"a\.txt: unknown kind of file '\.txt'; known are \.jsonl, \.json, \.csv, \.parquet"),
     ],

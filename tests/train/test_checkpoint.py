@@ -13,6 +13,7 @@ import torch
 
 from posttrain import SFTConfig, SFTTrainer
 from posttrain.train import checkpoint
+from posttrain.train.config import ConfigError
 from posttrain.train.loop import Interrupted
 from posttrain.train.metrics import read
 
@@ -190,6 +191,37 @@ def test_kill_within_a_save_leaves_the_previous_checkpoint(tmp_path):
 def test_save_total_limit_keeps_the_newest(model_dir, rows, tmp_path):
     trainer(model_dir, tmp_path, rows, max_steps=5, save_steps=1, save_total_limit=2).train()
     assert [path.name for path in checkpoint.find_all(tmp_path)] == ["checkpoint-5", "checkpoint-4"]
+
+
+def test_save_total_limit_after_going_back_to_an_older_checkpoint(model_dir, rows, tmp_path):
+    """The newest by number are then from before: what was just saved must stay."""
+    settings = {"save_steps": 2, "save_total_limit": 2}
+    trainer(model_dir, tmp_path, rows, max_steps=8, save_steps=2).train()
+    resumed = trainer(model_dir, tmp_path, rows, max_steps=5, **settings)
+    result = resumed.train(resume_from_checkpoint=tmp_path / "checkpoint-2")
+    assert result.checkpoint == tmp_path / "checkpoint-5"
+    assert checkpoint.defect(result.checkpoint) is None
+    assert [path.name for path in checkpoint.find_all(tmp_path)] == [f"checkpoint-{n}" for n in (8, 6, 5, 4)]
+
+
+def test_ctrl_c_at_a_saving_step_saves_once(model_dir, rows, tmp_path, monkeypatch):
+    saved = []
+    save = checkpoint.save
+    monkeypatch.setattr(checkpoint, "save", lambda folder, step, *more: saved.append(step) or save(folder, step, *more))
+    stop_after(trainer(model_dir, tmp_path, rows, save_steps=5), 10)
+    assert saved == [5, 10]
+
+
+def test_a_manifest_of_something_else_is_no_manifest(two_checkpoints):
+    for content in ("{}", "[]", '{"files": {"model.safetensors": 3}}', '{"files": []}'):
+        (two_checkpoints / "checkpoint-2" / "manifest.json").write_text(content)
+        assert checkpoint.find_newest(two_checkpoints) == two_checkpoints / "checkpoint-1"
+
+
+def test_resume_with_another_rank(model_dir, rows, tmp_path):
+    trainer(model_dir, tmp_path, rows, max_steps=1, lora_r=2).train()
+    with pytest.raises(ConfigError, match="checkpoint-1 doesn't fit this model: "):
+        trainer(model_dir, tmp_path, rows, lora_r=4).train(resume_from_checkpoint=True)
 
 
 def test_a_run_does_not_mix_with_an_older_one(two_checkpoints, model_dir, rows):

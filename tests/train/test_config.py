@@ -54,6 +54,8 @@ def test_values_take_the_type_of_their_field(name, given, value):
         ("report_to", "wandb", "report_to must be one of none, tensorboard; got 'wandb'"),
         ("lr_scheduler_type", "sawtooth", "lr_scheduler_type must be one of linear, cosine, .*; got 'sawtooth'"),
         ("per_device_train_batch_size", 0, "per_device_train_batch_size must be at least 1, got 0"),
+        ("adam_beta2", 1, "adam_beta2 must be below 1, got 1"),
+        ("lora_dropout", -0.1, "lora_dropout must be at least 0, got -0.1"),
         ("max_length", 1, "max_length must be at least 2, got 1"),
     ],
 )
