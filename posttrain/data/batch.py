@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from posttrain.data import share
 from posttrain.data.example import Example
 from posttrain.ops.layout import PackedLayout
 
@@ -32,8 +33,14 @@ class PackedBatch:
     num_sequences: int
 
     @staticmethod
-    def pack(examples: Sequence[Example]) -> "PackedBatch":
-        """Lay `examples` end to end. Only tokens that predict something get a row."""
+    def pack(examples: Sequence[Example], *, share_prefixes: bool = False) -> "PackedBatch":
+        """Lay `examples` end to end. Only tokens that predict something get a row.
+
+        With `share_prefixes`, tokens that several examples begin with are there once (posttrain/data/share.py). The
+        last of them has a row for the first target of each branch; losses and gradients are those of copies.
+        """
+        if share_prefixes:
+            return _pack_shared(examples)
         lengths = [len(example) for example in examples]
         input_ids = np.concatenate([example.input_ids for example in examples] or [np.empty(0, np.int32)])
         targeted = np.concatenate([_targeted(example) for example in examples] or [np.empty(0, np.bool_)])
@@ -59,6 +66,23 @@ class PackedBatch:
             self.sequence.to(device),
             self.num_sequences,
         )
+
+
+def _pack_shared(examples: Sequence[Example]) -> PackedBatch:
+    shared = share.share_prefixes([example.input_ids for example in examples])
+    targeted = [np.flatnonzero(_targeted(example)) for example in examples]
+    nothing = [np.empty(0, np.int64)]
+    rows = [places[where - 1] for places, where in zip(shared.places, targeted, strict=True)]
+    targets = [example.input_ids[where] for example, where in zip(examples, targeted, strict=True)]
+    counts = torch.tensor([len(where) for where in targeted], dtype=torch.int64)
+    return PackedBatch(
+        input_ids=torch.from_numpy(np.concatenate(shared.tokens or nothing).astype(np.int64)),
+        layout=PackedLayout.from_forest(shared.lengths, shared.parents),
+        rows=torch.from_numpy(np.concatenate(rows or nothing)),
+        targets=torch.from_numpy(np.concatenate(targets or nothing).astype(np.int64)),
+        sequence=torch.arange(len(examples)).repeat_interleave(counts),
+        num_sequences=len(examples),
+    )
 
 
 def _targeted(example: Example) -> np.ndarray:

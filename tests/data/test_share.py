@@ -1,0 +1,113 @@
+"""Shared prefixes: each stored once, and packed batches that train exactly as separate copies do."""
+
+import numpy as np
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_models import VOCABULARY, tiny
+
+from posttrain.data import Example, PackedBatch
+from posttrain.data.share import SHORTEST, share_prefixes
+from posttrain.models import prepare, token_logprobs
+
+
+def sequence(*runs: tuple[int, int]) -> np.ndarray:
+    """Runs of (token, how many)."""
+    return np.concatenate([np.full(count, token, np.int32) for token, count in runs] or [np.empty(0, np.int32)])
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 30)), max_size=4), max_size=8))
+def test_every_sequence_lies_on_a_path_of_the_forest(runs) -> None:
+    sequences = [sequence(*each) for each in runs]
+    shared = share_prefixes(sequences)
+    packed = np.concatenate([*shared.tokens, np.empty(0, np.int32)])
+    batch = PackedBatch.pack(
+        [Example(ids, np.ones(len(ids), bool)) for ids in sequences], share_prefixes=True
+    )  # checks the depth-first order
+    until, positions = batch.layout.visible_until, batch.layout.positions
+    for ids, places in zip(sequences, shared.places, strict=True):
+        assert packed[places].tolist() == ids.tolist()
+        assert positions[places].tolist() == list(range(len(ids)))
+        if len(ids):
+            seen = [k for k in range(places[-1] + 1) if places[-1] < until[k]]
+            assert seen == places.tolist()
+    assert shared.num_tokens == len(packed) <= sum(map(len, sequences))
+
+
+def test_what_is_shared_is_the_longest_prefix_recursively() -> None:
+    prompt, turn = (1, 20), (2, SHORTEST)
+    sequences = [
+        sequence(prompt, turn, (3, 5)),
+        sequence((4, 9)),
+        sequence(prompt, turn, (5, 5)),
+        sequence(prompt, (6, 5)),
+    ]
+    shared = share_prefixes(sequences)
+    assert shared.lengths == [20, SHORTEST, 5, 5, 5, 9]
+    assert shared.parents == [-1, 0, 1, 1, 0, -1]
+
+
+def test_short_prefixes_stay_with_their_sequences() -> None:
+    short = (1, SHORTEST - 1)
+    assert share_prefixes([sequence(short, (2, 3)), sequence(short, (3, 3))]).parents == [-1, -1]
+    nested = [sequence(short, (2, 1), (3, 4)), sequence(short, (4, 3)), sequence(short, (2, 1), (5, 4))]
+    assert share_prefixes(nested).lengths == [SHORTEST, 4, 4, SHORTEST + 2]
+
+
+def test_equal_and_contained_sequences() -> None:
+    whole, part = sequence((1, 50)), sequence((1, 30))
+    shared = share_prefixes([whole, part, whole])
+    assert (shared.lengths, shared.parents) == ([30, 20], [-1, 0])
+    assert shared.places[0].tolist() == shared.places[2].tolist() == list(range(50))
+
+
+def shared_prompt_set(vocabulary: int) -> list[Example]:
+    """Two prompts with three completions each, one of which has a turn in common with another; two alone."""
+    generator = np.random.default_rng(0)
+
+    def draw(count: int) -> np.ndarray:
+        return generator.integers(5, vocabulary, count).astype(np.int32)
+
+    first, second, turn = draw(40), draw(23), draw(18)
+    prompts = [
+        first,
+        np.concatenate([first, turn]),
+        np.concatenate([first, turn]),
+        second,
+        second,
+        second,
+        draw(3),
+        draw(30),
+    ]
+    examples = []
+    for prompt in prompts:
+        ids = np.concatenate([prompt, draw(int(generator.integers(1, 12)))])
+        examples.append(Example(ids, np.arange(len(ids)) >= len(prompt)))
+    return examples
+
+
+def test_losses_and_gradients_are_those_of_copies() -> None:
+    model = tiny("llama")
+    prepare(model)
+    examples = shared_prompt_set(VOCABULARY)
+    results = []
+    for share in (False, True):
+        batch = PackedBatch.pack(examples, share_prefixes=share)
+        model.zero_grad()
+        logprob = token_logprobs(model, batch).logprob
+        logprob.sum().backward()
+        results.append((logprob.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None], batch))
+    (alone, alone_grads, copies), (together, grads, shared) = results
+    assert len(shared.input_ids) < 0.75 * len(copies.input_ids)
+    assert torch.equal(copies.targets, shared.targets) and torch.equal(copies.sequence, shared.sequence)
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
+    for one, other in zip(grads, alone_grads, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5 * other.abs().max().item())
+
+
+def test_nothing_to_share() -> None:
+    batch = PackedBatch.pack([], share_prefixes=True)
+    assert len(batch.input_ids) == len(batch.rows) == 0
+    empty = Example(np.empty(0, np.int32), np.empty(0, bool))
+    assert PackedBatch.pack([empty], share_prefixes=True).num_sequences == 1
