@@ -35,7 +35,7 @@ def load(
     path = os.fspath(path_or_id)
     _check(path)
     if is_adapter(path):
-        base = json.loads((Path(path) / "adapter_config.json").read_text())["base_model_name_or_path"]
+        base = _model_of_adapter(path)
         _check(base)
     else:
         base = path
@@ -52,6 +52,8 @@ def load(
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as problem:
         raise ModelError(f"can't load {base}: {_first_line(problem)}") from problem
     model, info = loaded
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # what transformers makes up without its files
+        raise ModelError(f"no tokenizer in {base}: it has no vocabulary")
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise ModelError(f"can't load {base}: the checkpoint lacks {len(missing)} weights, {missing[0]} among them")
@@ -60,6 +62,18 @@ def load(
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     prepare(model, attention=attn_implementation == "posttrain")
     return model, tokenizer
+
+
+def _model_of_adapter(folder: str) -> str:
+    """The folder or id of the model that the adapter in `folder` belongs to."""
+    path = Path(folder) / "adapter_config.json"
+    try:
+        base = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError) as problem:
+        raise ModelError(f"{path} names no base_model_name_or_path ({_first_line(problem)})") from problem
+    if not isinstance(base, str):
+        raise ModelError(f"{path} names no base_model_name_or_path (it is {base!r})")
+    return base
 
 
 def _check(path: str) -> None:

@@ -138,6 +138,20 @@ def test_a_hub_that_is_out_of_reach(monkeypatch):
     assert error_of("nobody/nothing").startswith("can't load nobody/nothing: ")
 
 
+def test_no_tokenizer(tmp_path):
+    tiny("llama").save_pretrained(tmp_path / "llama")
+    assert error_of(tmp_path / "llama").startswith(f"can't load {tmp_path / 'llama'}: ")
+    for family in ("qwen3", "gemma2"):  # of these transformers makes a tokenizer without words
+        tiny(family).save_pretrained(tmp_path / family)
+        assert error_of(tmp_path / family) == f"no tokenizer in {tmp_path / family}: it has no vocabulary"
+
+
+@pytest.mark.parametrize("content", ["{", "{}", "[]", '{"base_model_name_or_path": null}'])
+def test_a_broken_adapter(tmp_path, content):
+    (tmp_path / "adapter_config.json").write_text(content)
+    assert error_of(tmp_path).startswith(f"{tmp_path / 'adapter_config.json'} names no base_model_name_or_path (")
+
+
 @pytest.mark.parametrize("dtype", ["float", "int8", "bf16", "nn"])
 def test_bad_dtypes(folder, dtype):
     if dtype == "float":

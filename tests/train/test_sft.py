@@ -236,3 +236,21 @@ def test_missing_pieces_are_named(model_dir, rows, tmp_path):
         SFTTrainer(args=config(model_dir, tmp_path, model=None), train_dataset=rows)
     with pytest.raises(ValueError, match="no evaluation data"):
         SFTTrainer(args=config(model_dir, tmp_path), train_dataset=rows).evaluate()
+
+
+def test_a_tokenizer_of_another_model(model_dir, rows, tmp_path):
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    other = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_dir, vocab_size=60))
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    with pytest.raises(ValueError, match=r"rows\[0\] holds token \d+, but the model's vocabulary has 60"):
+        SFTTrainer(other, config(model_dir, tmp_path), [{"text": "~~~"}], processing_class=tokenizer)
+
+
+def test_an_adapter_goes_on_training_and_takes_no_second_one(model_dir, rows, tmp_path):
+    first = SFTTrainer(args=config(model_dir, tmp_path / "a", lora_r=2), train_dataset=rows).train()
+    with pytest.raises(ValueError, match="the model has an adapter already"):
+        SFTTrainer(args=config(first.checkpoint, tmp_path / "b", lora_r=2), train_dataset=rows)
+    again = SFTTrainer(args=config(first.checkpoint, tmp_path / "b"), train_dataset=rows)
+    assert {p.requires_grad for name, p in again.model.named_parameters() if "lora_" in name} == {True}
+    assert again.train().global_step == 4
