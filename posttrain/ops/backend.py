@@ -32,7 +32,7 @@ SUPPORT: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "rope": {"cpu": _WIDE, "triton": _TRITON},
     "swiglu": {"cpu": _WIDE, "triton": _TRITON},
     "geglu": {"cpu": _WIDE, "triton": _TRITON},
-    "packed_attention": {"cpu": (*_WIDE, *_HALF)},
+    "packed_attention": {"cpu": (*_WIDE, *_HALF), "triton": _TRITON},
     "linear_logprob": {"cpu": (*_WIDE, *_HALF), "triton": _TRITON, "cuda": _TRITON},
 }
 

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from posttrain import _C
 
+BLOCK = 32  # tokens that `schedule` describes together
+
 
 @dataclass(frozen=True, repr=False)
 class PackedLayout:
@@ -96,6 +98,17 @@ class PackedLayout:
         ends = torch.tensor(self.segment_starts[1:], dtype=torch.int32)
         lengths = ends.diff(prepend=ends.new_zeros(1))
         return torch.equal(self.visible_until.cpu(), ends.repeat_interleave(lengths))
+
+    @cached_property
+    def schedule(self) -> Tensor:
+        """For blocks of `BLOCK` tokens, int32 `[2, blocks]`: largest `visible_until`, and start of the first's tree.
+
+        Computed once, on the device, without synchronising it; zeros fill it up to a multiple of 4 blocks.
+        """
+        until = torch.nn.functional.pad(self.visible_until, (0, -self.num_tokens % (4 * BLOCK)))
+        index = torch.arange(len(until), dtype=torch.int32, device=until.device)
+        starts = torch.where(until.cummax(0).values.roll(1) <= index, index, 0) if len(until) else until
+        return torch.stack([until.view(-1, BLOCK).amax(1), starts.cummax(0).values[::BLOCK]])
 
     def to(self, device: torch.device | str) -> "PackedLayout":
         """The same layout with its tensors on `device`."""

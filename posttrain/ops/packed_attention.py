@@ -63,7 +63,7 @@ def packed_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if backend == "reference":
         return reference.packed_attention(q, k, v, layout, scale=scale, window=window, softcap=softcap, sinks=sinks)
-    mask = layout.visible_until, layout.positions
+    mask = layout.visible_until, layout.positions, layout.schedule if backend == "triton" else None
     return _packed_attention(q, k, v, *mask, sinks, scale, window or 0, softcap or 0.0, backend)[0]
 
 
@@ -109,37 +109,42 @@ def _forward(
     v: Tensor,
     visible_until: Tensor,
     positions: Tensor,
+    schedule: Tensor | None,
     sinks: Tensor | None,
     scale: float,
     window: int,
     softcap: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """(o, lse `[Hq, T]`); window and softcap are 0 for none."""
+    """(o, lse `[Hq, T]`); window and softcap are 0 for none, the schedule only Triton's."""
+    if backend == "triton":
+        from posttrain.kernels.packed_attention import packed_attention_forward
+
+        return packed_attention_forward(q, k, v, visible_until, positions, schedule, sinks, scale, window, softcap)
     return _cpu_forward(q, k, v, visible_until, positions, sinks, scale, window, softcap)
 
 
-def _fake(q, k, v, visible_until, positions, sinks, scale, window, softcap, backend):
+def _fake(q, k, v, visible_until, positions, schedule, sinks, scale, window, softcap, backend):
     lse = q.new_empty(q.shape[1], len(q), dtype=torch.promote_types(q.dtype, torch.float32))
     return q.new_empty(len(q), q.shape[1], v.shape[2]), lse
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    q, k, v, visible_until, positions, sinks, *ctx.options = inputs
+    q, k, v, visible_until, positions, schedule, sinks, *ctx.options = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, visible_until, positions, sinks, *output)
+    ctx.save_for_backward(q, k, v, visible_until, positions, schedule, sinks, *output)
 
 
 def _backward(ctx, grad_out, grad_lse):
     if grad_out is None:
-        return (None,) * 10
-    q, k, v, visible_until, positions, sinks, out, lse = ctx.saved_tensors
-    *grads, delta = _packed_attention_backward(grad_out, q, k, v, visible_until, positions, out, lse, *ctx.options)
+        return (None,) * 11
+    *tensors, sinks, out, lse = ctx.saved_tensors
+    *grads, delta = _packed_attention_backward(grad_out, *tensors, out, lse, *ctx.options)
     grad_sinks = None
-    if sinks is not None and ctx.needs_input_grad[5]:
+    if sinks is not None and ctx.needs_input_grad[6]:
         grad_sinks = -((sinks.to(lse.dtype)[:, None] - lse).exp() * delta).sum(1).to(sinks.dtype)
-    return *grads, None, None, grad_sinks, None, None, None, None
+    return *grads, None, None, None, grad_sinks, None, None, None, None
 
 
 def _gradient(
@@ -149,6 +154,7 @@ def _gradient(
     v: Tensor,
     visible_until: Tensor,
     positions: Tensor,
+    schedule: Tensor | None,
     out: Tensor,
     lse: Tensor,
     scale: float,
@@ -157,10 +163,16 @@ def _gradient(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, and delta `[Hq, T]`."""
+    if backend == "triton":
+        from posttrain.kernels.packed_attention import packed_attention_backward
+
+        return packed_attention_backward(
+            grad_out, q, k, v, visible_until, positions, schedule, out, lse, scale, window, softcap
+        )
     return _cpu_backward(grad_out, q, k, v, visible_until, positions, out, lse, scale, window, softcap)
 
 
-def _fake_gradient(grad_out, q, k, v, visible_until, positions, out, lse, scale, window, softcap, backend):
+def _fake_gradient(grad_out, q, k, v, visible_until, positions, schedule, out, lse, scale, window, softcap, backend):
     return *(x.new_empty(x.shape) for x in (q, k, v)), torch.empty_like(lse)
 
 
@@ -232,15 +244,15 @@ def _workspace(like: Tensor, width: int, value_width: int, backward: bool) -> Te
 
 _packed_attention_backward = define(
     "packed_attention_backward",
-    "(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor visible_until, Tensor positions, Tensor out, Tensor lse, "
-    "float scale, int window, float softcap, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor visible_until, Tensor positions, Tensor? schedule, "
+    "Tensor out, Tensor lse, float scale, int window, float softcap, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     _gradient,
     _fake_gradient,
 )
 _packed_attention = define(
     "packed_attention",
-    "(Tensor q, Tensor k, Tensor v, Tensor visible_until, Tensor positions, Tensor? sinks, float scale, int window, "
-    "float softcap, str backend) -> (Tensor, Tensor)",
+    "(Tensor q, Tensor k, Tensor v, Tensor visible_until, Tensor positions, Tensor? schedule, Tensor? sinks, "
+    "float scale, int window, float softcap, str backend) -> (Tensor, Tensor)",
     _forward,
     _fake,
     _setup_context,

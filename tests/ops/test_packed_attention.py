@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tolerance import assert_as_good_as, assert_true_to, gradients
+from tolerance import assert_as_good_as, assert_true_to, check, gradients
 
-from posttrain.ops import packed_attention, reference
+from posttrain.ops import backend_for, packed_attention, reference
 from posttrain.ops.layout import PackedLayout
 
 LENGTHS = [7, 1, 0, 12, 30]
@@ -29,11 +29,7 @@ def tensors(tokens: int, heads: int, kv_heads: int, width: int = 8, dtype=torch.
 
 def forest() -> PackedLayout:
     """A prompt of 4 tokens with completions of 3 and 2, and a sequence of 5."""
-    until = [9] * 4 + [7] * 3 + [9] * 2 + [14] * 5
-    positions = [0, 1, 2, 3, 4, 5, 6, 4, 5, 0, 1, 2, 3, 4]
-    return PackedLayout(
-        torch.tensor(until, dtype=torch.int32), torch.tensor(positions, dtype=torch.int32), (0, 4, 7, 9, 14)
-    )
+    return PackedLayout.from_forest([4, 3, 2, 5], [-1, 0, 0, -1])
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -85,11 +81,114 @@ def test_the_reference_is_softmax_over_what_the_layout_shows():
     torch.testing.assert_close(near[7, 0], (k[[3, 7], 0] @ q[7, 0]).softmax(0) @ v[[3, 7], 0])
 
 
-@pytest.mark.parametrize("options", [{}, {"window": 2}, {"softcap": 1.0}], ids=str)
-def test_forests(options):
-    inputs = tensors(14, 4, 2)
-    truth = reference.packed_attention(*[x.double() for x in inputs], forest(), **options)
-    assert_true_to(packed_attention(*inputs, forest(), **options), truth)
+@st.composite
+def forests(draw: st.DrawFn) -> PackedLayout:
+    """Random segments, each a root or a child of one on the path to the segment before."""
+    lengths = draw(st.lists(st.integers(0, 40), max_size=7))
+    parents, path = [], []
+    for i in range(len(lengths)):
+        path = path[: draw(st.integers(0, len(path)))]
+        parents.append(path[-1] if path else -1)
+        path.append(i)
+    return PackedLayout.from_forest(lengths, parents)
+
+
+@pytest.mark.usefixtures("poison")
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    layout=forests(),
+    heads=st.sampled_from([(1, 1), (2, 2), (4, 1), (6, 2)]),
+    width=st.sampled_from([3, 16, 20]),
+    window=st.none() | st.integers(1, 50),
+    softcap=st.none() | st.just(1.5),
+    with_sinks=st.booleans(),
+)
+def test_any_forest_with_gradients(layout, heads, width, window, softcap, with_sinks):
+    inputs = tensors(layout.num_tokens, *heads, width=width)
+    inputs += [torch.linspace(-3, 3, heads[0])] * with_sinks
+
+    def op(function):
+        def call(q, k, v, sinks=None):
+            return function(q, k, v, layout, window=window, softcap=softcap, sinks=sinks)
+
+        return call
+
+    check(op(packed_attention), op(reference.packed_attention), inputs)
+
+
+@pytest.mark.parametrize(("heads", "lengths"), [((70, 1), [2, 1, 2]), ((3, 3), [130, 75, 101])], ids=str)
+def test_more_queries_and_heads_than_a_tile(heads, lengths):
+    layout = PackedLayout.from_forest(lengths, [-1, 0, 0])
+    inputs = tensors(layout.num_tokens, *heads, width=33)
+    check(lambda *x: packed_attention(*x, layout), lambda *x: reference.packed_attention(*x, layout), inputs)
+
+
+def test_strided_inputs_and_output_gradients():
+    layout = forest()
+    fused = torch.randn(2, 14, 3 * 4 * 8)
+    views = [x.unflatten(-1, (4, 8)) for x in fused[0].chunk(3, -1)]
+    every_other = [torch.randn(14, 4, 16)[..., ::2] for _ in range(3)]
+    for inputs in (views, every_other, [x.transpose(0, 1).contiguous().transpose(0, 1) for x in views]):
+        check(lambda *x: packed_attention(*x, layout), lambda *x: reference.packed_attention(*x, layout), inputs)
+    leaves = [x.detach().requires_grad_() for x in views]
+    grads = torch.autograd.grad(packed_attention(*leaves, layout).sum(), leaves)  # a gradient without strides
+    truth = [x.detach().double().requires_grad_() for x in views]
+    for mine, true in zip(
+        grads, torch.autograd.grad(reference.packed_attention(*truth, layout).sum(), truth), strict=True
+    ):
+        assert_true_to(mine, true)
+
+
+def test_scores_of_ten_thousand():
+    layout = forest()
+    q, k, v = tensors(14, 4, 2)
+    q, k = (q * 8).round() * 50, (k * 8).round() * 50  # whole numbers: scores are exact
+    out, (_, _, grad_v) = gradients(lambda *x: packed_attention(*x, layout, scale=1.0), [q, k, v])
+    truth, (_, _, true_grad_v) = gradients(
+        lambda *x: reference.packed_attention(*x, layout, scale=1.0), [x.double() for x in (q, k, v)]
+    )
+    assert_true_to(out[0], truth[0])
+    assert_true_to(grad_v, true_grad_v)
+
+
+def test_runs_repeat_bit_for_bit_with_any_number_of_threads():
+    layout = PackedLayout.from_forest([100, 70, 36, 50], [-1, 0, 0, -1])
+    inputs = tensors(layout.num_tokens, 4, 2)
+    threads = torch.get_num_threads()
+    results = []
+    for count in (threads, threads, 1):
+        torch.set_num_threads(count)
+        results.append(sum(gradients(lambda *x: packed_attention(*x, layout), inputs), ()))
+    torch.set_num_threads(threads)
+    for again in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], again, strict=True))
+
+
+def test_a_shared_prompt_gives_what_copies_of_it_give():
+    shared = PackedLayout.from_forest([30, 9, 14], [-1, 0, 0])
+    copies = PackedLayout.from_lengths([39, 44])
+    places = torch.tensor([*range(39), *range(30), *range(39, 53)])
+    inputs = [x.double() for x in tensors(53, 4, 2)]
+    own = torch.tensor([*range(39), *range(69, 83)])  # of each shared token one copy
+    ours = gradients(lambda *x: packed_attention(*x, shared), inputs)
+    theirs = gradients(lambda *x: packed_attention(*(y[places] for y in x), copies)[own], inputs)
+    for mine, other in zip(sum(ours, ()), sum(theirs, ()), strict=True):
+        torch.testing.assert_close(mine, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_opcheck(dtype):
+    layout = forest()
+    inputs = [x.requires_grad_() for x in tensors(14, 4, 2, dtype=dtype)]
+    mask = layout.visible_until, layout.positions, None
+    for sinks in (None, torch.zeros(4, requires_grad=True)):
+        torch.library.opcheck(torch.ops.posttrain.packed_attention, (*inputs, *mask, sinks, 0.5, 3, 1.0, "cpu"))
+
+
+def test_backends_and_their_reasons():
+    q = torch.ones(1, 1, 1)
+    assert backend_for("packed_attention", q) == "cpu"
+    assert backend_for("packed_attention", q.bfloat16()) == "cpu"
 
 
 @settings(max_examples=40, deadline=None)
@@ -101,11 +200,16 @@ def test_any_lengths(lengths, window):
     assert_true_to(packed_attention(*inputs, layout, window=window), truth)
 
 
-@pytest.mark.parametrize("options", [{}, {"softcap": 2.0}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"softcap": 2.0}, {"window": 3}], ids=str)
 def test_gradcheck(options):
-    layout = PackedLayout.from_lengths([3, 4])
+    layout = PackedLayout.from_forest([3, 2, 2], [-1, 0, 0])
     inputs = [x.requires_grad_() for x in tensors(7, 2, 1, width=4, dtype=torch.float64)]
-    torch.autograd.gradcheck(lambda *x: packed_attention(*x, layout, **options), inputs, eps=1e-6, atol=1e-8, rtol=1e-6)
+    sinks = torch.tensor([0.3, -1.0], dtype=torch.float64, requires_grad=True)
+
+    def attend(q, k, v, sinks):
+        return packed_attention(q, k, v, layout, sinks=sinks, **options)
+
+    assert torch.autograd.gradcheck(attend, [*inputs, sinks], eps=1e-6, atol=1e-8, rtol=1e-6)
 
 
 @pytest.mark.parametrize("options", [{}, {"window": 3}, {"softcap": 2.0}], ids=str)
@@ -145,13 +249,9 @@ def test_what_does_not_fit_is_an_error(change, message):
         packed_attention(*change(*tensors(10, 4, 2)), PackedLayout.from_lengths([10]))
 
 
-@pytest.mark.parametrize("option", [{"window": 0}, {"softcap": 0.0}, {"softcap": -1.0}], ids=str)
+@pytest.mark.parametrize(
+    "option", [{"sinks": torch.zeros(3)}, {"window": 0}, {"softcap": 0.0}, {"softcap": -1.0}], ids=str
+)
 def test_bad_options_are_errors(option):
     with pytest.raises(ValueError, match=next(iter(option))):
         packed_attention(*tensors(10, 4, 2), PackedLayout.from_lengths([10]), **option)
-
-
-def test_independence_of_layouts():
-    assert PackedLayout.from_lengths(LENGTHS).independent
-    assert PackedLayout.from_lengths([]).independent
-    assert not forest().independent

@@ -1,0 +1,107 @@
+"""PackedLayout: the mask of a forest, its positions, what is refused, and what people see of it."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from posttrain.ops.layout import BLOCK, PackedLayout
+
+
+@st.composite
+def forests(draw: st.DrawFn, segments: int = 8, length: int = 9) -> tuple[list[int], list[int]]:
+    """Lengths and parents in depth-first order: each parent is on the path to the segment before."""
+    lengths = draw(st.lists(st.integers(0, length), max_size=segments))
+    parents: list[int] = []
+    for i in range(len(lengths)):
+        path = [-1]
+        node = i - 1
+        while node >= 0:
+            path.append(node)
+            node = parents[node]
+        parents.append(draw(st.sampled_from(path)))
+    return lengths, parents
+
+
+def ancestors(parents: list[int], i: int) -> list[int]:
+    """The segment i and those it continues, from the root."""
+    return [*ancestors(parents, parents[i]), i] if i >= 0 else []
+
+
+@settings(max_examples=200, deadline=None)
+@given(forests())
+def test_a_token_sees_its_segment_before_it_and_the_ancestors(forest) -> None:
+    lengths, parents = forest
+    layout = PackedLayout.from_forest(lengths, parents)
+    owner = [i for i, length in enumerate(lengths) for _ in range(length)]
+    index = torch.arange(layout.num_tokens)
+    visible = (index <= index[:, None]) & (index[:, None] < layout.visible_until)
+    for q, segment in enumerate(owner):
+        path = ancestors(parents, segment)
+        assert visible[q].tolist() == [k <= q and owner[k] in path for k in range(len(owner))]
+        before = sum(lengths[i] for i in path[:-1])
+        assert layout.positions[q] == before + q - layout.segment_starts[segment]
+    assert layout.segment_starts == tuple(sum(lengths[:i]) for i in range(len(lengths) + 1))
+    assert layout.visible_until.dtype == layout.positions.dtype == torch.int32
+
+
+@settings(max_examples=100, deadline=None)
+@given(forests(segments=12, length=60))
+def test_the_schedule_bounds_what_a_block_sees(forest) -> None:
+    layout = PackedLayout.from_forest(*forest)
+    largest, tree_start = layout.schedule
+    assert len(largest) % 4 == 0 and len(largest) * BLOCK >= layout.num_tokens
+    until = layout.visible_until.tolist()
+    for block, first in enumerate(range(0, layout.num_tokens, BLOCK)):
+        assert largest[block] == max(until[first : first + BLOCK])
+        start = first
+        while start > 0 and max(until[:start]) > start:
+            start -= 1
+        assert tree_start[block] == start
+
+
+@pytest.mark.parametrize(
+    ("lengths", "parents", "message"),
+    [
+        ([3, -2], [-1, -1], "segment 1 has the negative length -2"),
+        ([3, 2], [-1], "2 lengths, but 1 parents"),
+        ([3, 2], [-1, 1], "segment 1 has the parent 1, which must come before it"),
+        ([1, 1, 1, 1], [-1, 0, 0, 1], "not in depth-first order: segment 3 has the parent 1"),
+        ([2**30, 2**30], [-1, -1], r"segment 1 ends at token 1073741824 \+ 1073741824, beyond what int32 holds"),
+    ],
+)
+def test_what_is_no_forest_is_an_error(lengths, parents, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        PackedLayout.from_forest(lengths, parents)
+
+
+def test_position_ids_tell_the_sequences() -> None:
+    layout = PackedLayout.from_position_ids(torch.tensor([[0, 1, 2, 0, 0, 1, 7, 8]]))
+    assert layout.segment_starts == (0, 3, 4, 6, 8)
+    assert layout.visible_until.tolist() == [3, 3, 3, 4, 6, 6, 8, 8]
+    assert layout.positions.tolist() == [0, 1, 2, 0, 0, 1, 7, 8]
+    assert PackedLayout.from_position_ids(torch.tensor([], dtype=torch.int64)).segment_starts == (0,)
+
+
+@pytest.mark.parametrize("wrong", [torch.zeros(2, 3, dtype=torch.int64), torch.zeros(3)], ids=["rows", "float"])
+def test_position_ids_of_another_kind_are_errors(wrong) -> None:
+    with pytest.raises(ValueError, match=r"must be \[T\] or \[1, T\] integers"):
+        PackedLayout.from_position_ids(wrong)
+
+
+def test_what_people_see() -> None:
+    layout = PackedLayout.from_forest([4, 3, 2, 0, 5], [-1, 0, 0, 2, -1])
+    assert repr(layout) == "PackedLayout(14 tokens on cpu, segments of 4(3, 2), 5)"
+    assert repr(PackedLayout.from_lengths([1] * 20)).endswith("1, 1 and 8 more)")
+    tree = PackedLayout.from_forest([1, 2, 1, 1], [-1, 0, 1, 0])
+    assert repr(tree) == "PackedLayout(5 tokens on cpu, segments of 1(2(1), 1))"
+    assert tree.draw() == "#....\n##...\n###..\n####.\n#...#"
+    with pytest.raises(ValueError, match="65 tokens are too many to draw"):
+        PackedLayout.from_lengths([65]).draw()
+
+
+def test_independence_and_moving() -> None:
+    assert PackedLayout.from_forest([3, 0, 2], [-1, -1, -1]).independent
+    assert not PackedLayout.from_forest([3, 2], [-1, 0]).independent
+    moved = PackedLayout.from_forest([3, 2], [-1, 0]).to("meta")
+    assert moved.visible_until.is_meta and moved.positions.is_meta and moved.segment_starts == (0, 3, 5)
