@@ -27,7 +27,7 @@ class Blocks(NamedTuple):
     stages: int
 
 
-# By width of the heads, or 0 for float32; with these no kernel spills registers on any architecture (tests/kernels/aot.py).
+# By width of the heads, or 0 for float32; chosen so that nothing spills on any architecture (tests/kernels/aot.py).
 FORWARD_BLOCKS = {
     0: Blocks(32, 32, 8, 2),
     64: Blocks(128, 64, 8, 2),
