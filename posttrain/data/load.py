@@ -101,6 +101,8 @@ def _read_json(path: Path, bad: BadRows) -> tuple[list[Row], list[int] | None]:
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: the text is not UTF-8, at byte {error.start}") from error
     if not text.lstrip().startswith("["):
+        if text.lstrip().split("\n")[0].strip() == "{":
+            raise DataError(f"{path}: rows are an array of objects, or one object on each line; this is one object")
         return _read_jsonl(path, bad)
     try:
         values = json.loads(text)

@@ -22,7 +22,7 @@ from torch import Tensor
 from posttrain import _C
 from posttrain.ops.logprob_problem import IGNORED, Grads, Needs, Problem
 
-ROWS, COLUMNS = 1024, 1024
+ROWS, COLUMNS = 2048, 2048
 
 
 class _Targets(NamedTuple):
@@ -140,21 +140,25 @@ class _Gradients:
     def open(self, slab: _Slab) -> None:
         """Start the head's sums for a slab: in place where the gradient is wide, else in a buffer rounded once."""
         wanted = [None if g is None else g[slab.columns] for g in (self.weight, self.bias, self.lora_b)]
-        self.slab_sums = [None if g is None else g.to(self.t.x.dtype).zero_() for g in wanted]
+        self.slab_sums = [None if g is None else g.to(self.t.x.dtype) for g in wanted]
+        for total in self.slab_sums:
+            if total is not None and (total.ndim == 1 or len(self.t.y) == 0):
+                total.zero_()
 
     def add(self, tile: Tensor, block: slice, slab: _Slab) -> None:
-        """Take in dlogits `[rows of block, columns of slab]`."""
+        """Take in dlogits `[rows of block, columns of slab]`; the first block's products replace what was there."""
         weight, bias, lora_b = self.slab_sums
+        beta = 0 if block.start == 0 else 1
         if self.x is not None:
             self.x[block].addmm_(tile, slab.weight)
         if self.lora_x is not None and slab.lora_b is not None:
             self.lora_x[block].addmm_(tile, slab.lora_b)
         if weight is not None:
-            weight.addmm_(tile.T, self.t.x[block])
+            weight.addmm_(tile.T, self.t.x[block], beta=beta)
         if bias is not None:
             bias.add_(tile.sum(0))
         if lora_b is not None and self.t.lora_x is not None:
-            lora_b.addmm_(tile.T, self.t.lora_x[block])
+            lora_b.addmm_(tile.T, self.t.lora_x[block], beta=beta)
 
     def close(self, slab: _Slab) -> None:
         """Round the slab's sums into the gradients that are not wide."""

@@ -101,6 +101,11 @@ class Loop:
             self.history = log.history
             for step in range(first + 1, self.num_steps + 1):
                 norm = self._train_step(step)
+                if not math.isfinite(norm):
+                    raise ConfigError(
+                        f"step {step}: the gradient's norm is {norm}, so the run stops without saving this step; "
+                        "lower learning_rate, or look at the data"
+                    )
                 progress.advance(step)
                 self._after_step(step, norm, log, progress)
                 stop, last = interrupt.asked, step == self.num_steps

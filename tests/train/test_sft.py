@@ -254,3 +254,10 @@ def test_an_adapter_goes_on_training_and_takes_no_second_one(model_dir, rows, tm
     again = SFTTrainer(args=config(first.checkpoint, tmp_path / "b"), train_dataset=rows)
     assert {p.requires_grad for name, p in again.model.named_parameters() if "lora_" in name} == {True}
     assert again.train().global_step == 4
+
+
+def test_a_run_that_diverges_stops_and_saves_nothing_of_it(model_dir, rows, tmp_path):
+    args = config(model_dir, tmp_path, learning_rate=1e30, max_grad_norm=0.0, max_steps=20)
+    with pytest.raises(ValueError, match=r"step \d+: the gradient's norm is (nan|inf)"):
+        SFTTrainer(args=args, train_dataset=rows).train()
+    assert not list(tmp_path.glob("checkpoint-*"))
