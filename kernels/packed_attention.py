@@ -35,7 +35,7 @@ FORWARD_BLOCKS = {
     256: Blocks(64, 32, 8, 2),
 }
 DKV_BLOCKS = {0: Blocks(32, 32, 8, 1), 64: Blocks(32, 32, 8, 1), 128: Blocks(32, 64, 8, 1), 256: Blocks(32, 32, 8, 1)}
-DQ_BLOCKS = {0: Blocks(32, 32, 8, 1), 64: Blocks(64, 64, 8, 2), 128: Blocks(32, 32, 8, 1), 256: Blocks(32, 32, 8, 1)}
+DQ_BLOCKS = {0: Blocks(32, 32, 8, 2), 64: Blocks(64, 64, 8, 2), 128: Blocks(32, 32, 8, 1), 256: Blocks(32, 32, 8, 1)}
 
 _GRAIN = tl.constexpr(BLOCK)
 _LOG2E = tl.constexpr(1.4426950408889634)
