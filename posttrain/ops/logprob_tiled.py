@@ -8,7 +8,10 @@ Vocabulary outside, rows inside, one tile of at most ROWS x COLUMNS logits at a 
                    d logprob / dx = q (W_y - E / s): a frozen head's backward is one multiplication
     gradient       the tile again (or the cached logits), turned into dlogits, then the two GEMMs of a linear layer
 
-Everything is computed in float32 (float64 for float64); half-precision weights are widened slab by slab.
+Everything is computed in float32 (float64 for float64); half-precision weights are widened slab by slab. On a GPU the
+GEMMs take bfloat16 as it is and give float32: logits come out the same, but what multiplies bfloat16 in a second GEMM
+(x A^T, e^(z-m), the gradient of the logits) is rounded once. float16 can't hold e^(z-m), which may reach e^16, so it is
+widened there too.
 """
 
 from collections.abc import Callable, Iterator
@@ -31,37 +34,38 @@ class _Targets(NamedTuple):
     kept: Tensor | None  # their indices among the M, None for all
     rows: Tensor | None  # the row of hidden of each, None for 0, 1, 2, ...
     y: Tensor  # [m]
-    x: Tensor  # [m, H] wide
-    lora_x: Tensor | None  # [m, R] scaling * x A^T
+    x: Tensor  # [m, H], a factor of GEMMs
+    lora_x: Tensor | None  # [m, R] scaling * x A^T, a factor of GEMMs
 
 
 class _Slab(NamedTuple):
-    """A run of the vocabulary, widened."""
+    """A run of the vocabulary."""
 
     columns: slice
-    weight: Tensor  # [c, H]
-    lora_b: Tensor | None  # [c, R]
-    bias: Tensor | None  # [c]
+    weight: Tensor  # [c, H], a factor of GEMMs
+    lora_b: Tensor | None  # [c, R], a factor of GEMMs
+    bias: Tensor | None  # [c] wide
 
 
 def forward(p: Problem, save: str) -> tuple[Tensor, ...]:
     """(logprob, entropy, lse, lse_low, is_top1, saved); `saved` is the unit `[M, H]`, the logits `[M, V]` or empty."""
     t = _select(p, p.targets != IGNORED)
-    state = t.x.new_zeros(5, len(t.y))  # m, largest other logit, s, t, the target's logit
+    wide = _wide(p)
+    state = t.x.new_zeros(5, len(t.y), dtype=wide)  # m, largest other logit, s, t, the target's logit
     state[:2] = -torch.inf
-    unit = torch.empty_like(t.x) if save == "unit" else None
-    logits = t.x.new_empty(len(t.y), len(p.weight)) if save == "logits" else None
+    unit = torch.empty_like(t.x, dtype=wide) if save == "unit" else None
+    logits = t.x.new_empty(len(t.y), len(p.weight), dtype=wide) if save == "logits" else None
     buffer = _buffer(p, t)
-    for slab in _slabs(p, t.x.dtype):
+    for slab in _slabs(p):
         for block in _blocks(p, t):
             tile = _view(buffer, block, slab) if logits is None else logits[block, slab.columns]
             _make_logits(tile, t, block, slab)
             _fold(tile, p, t.y[block], slab, state[:, block], None if unit is None else unit[block])
             if unit is not None:
-                unit[block].addmm_(tile, slab.weight, beta=0 if slab.columns.start == 0 else 1)
+                _add_product(unit[block], tile, slab.weight, beta=0 if slab.columns.start == 0 else 1)
     if unit is not None:
         _finish_unit(unit, p, t, state)
-    return (*_finish(p, t, state), _spread(unit if logits is None else logits, p, t, t.x))
+    return (*_finish(p, t, state), _spread(unit if logits is None else logits, p, t))
 
 
 def unit_backward(p: Problem, grad_logprob: Tensor, unit: Tensor) -> Tensor:
@@ -71,7 +75,7 @@ def unit_backward(p: Problem, grad_logprob: Tensor, unit: Tensor) -> Tensor:
     grad = torch.zeros_like(p.hidden, dtype=unit.dtype)
     for start in range(0, len(p.targets), ROWS):
         block = slice(start, start + ROWS)
-        grad.index_add_(0, p.rows[block], unit[block] * grad_logprob[block].to(unit.dtype).unsqueeze(-1))
+        _add_rows(grad, p.rows[block], unit[block] * grad_logprob[block].to(unit.dtype).unsqueeze(-1))
     return grad.to(p.hidden.dtype)
 
 
@@ -101,9 +105,9 @@ def backward(
         grad_entropy,
         grad_lse,
     )
-    per_row = [None if g is None else _pick(g, t) for g in per_target]
+    per_row = [None if g is None else _pick(g, p, t) for g in per_target]
     buffer = _buffer(p, t)
-    for slab in _slabs(p, t.x.dtype):
+    for slab in _slabs(p):
         grads.open(slab)
         for block in _blocks(p, t):
             tile = _view(buffer, block, slab)
@@ -131,8 +135,10 @@ class _Gradients:
 
     def __init__(self, p: Problem, t: _Targets, needs: Needs) -> None:
         self.p, self.t, self.needs = p, t, needs
-        self.x = torch.zeros_like(t.x) if needs.hidden else None
-        self.lora_x = torch.zeros_like(t.lora_x) if t.lora_x is not None and (needs.hidden or needs.lora) else None
+        wide = _wide(p)
+        self.x = torch.zeros_like(t.x, dtype=wide) if needs.hidden else None
+        inner = t.lora_x if needs.hidden or needs.lora else None
+        self.lora_x = None if inner is None else torch.zeros_like(inner, dtype=wide)
         self.weight = torch.empty_like(p.weight) if needs.weight else None
         self.bias = torch.empty_like(p.bias) if p.bias is not None and needs.bias else None
         self.lora_b = torch.empty_like(p.lora_b) if p.lora_b is not None and needs.lora else None
@@ -140,7 +146,7 @@ class _Gradients:
     def open(self, slab: _Slab) -> None:
         """Start the head's sums for a slab: in place where the gradient is wide, else in a buffer rounded once."""
         wanted = [None if g is None else g[slab.columns] for g in (self.weight, self.bias, self.lora_b)]
-        self.slab_sums = [None if g is None else g.to(self.t.x.dtype) for g in wanted]
+        self.slab_sums = [None if g is None else g.to(_wide(self.p)) for g in wanted]
         for total in self.slab_sums:
             if total is not None and (total.ndim == 1 or len(self.t.y) == 0):
                 total.zero_()
@@ -150,15 +156,15 @@ class _Gradients:
         weight, bias, lora_b = self.slab_sums
         beta = 0 if block.start == 0 else 1
         if self.x is not None:
-            self.x[block].addmm_(tile, slab.weight)
+            _add_product(self.x[block], tile, slab.weight)
         if self.lora_x is not None and slab.lora_b is not None:
-            self.lora_x[block].addmm_(tile, slab.lora_b)
+            _add_product(self.lora_x[block], tile, slab.lora_b)
         if weight is not None:
-            weight.addmm_(tile.T, self.t.x[block], beta=beta)
+            _add_product(weight, tile.T, self.t.x[block], beta)
         if bias is not None:
             bias.add_(tile.sum(0))
         if lora_b is not None and self.t.lora_x is not None:
-            lora_b.addmm_(tile.T, self.t.lora_x[block], beta=beta)
+            _add_product(lora_b, tile.T, self.t.lora_x[block], beta)
 
     def close(self, slab: _Slab) -> None:
         """Round the slab's sums into the gradients that are not wide."""
@@ -173,12 +179,12 @@ class _Gradients:
         if self.lora_x is not None and p.lora_a is not None:
             self.lora_x *= p.lora_scaling
             if self.needs.lora:
-                lora_a = (self.lora_x.T @ t.x).to(p.lora_a.dtype)
+                lora_a = _product(self.lora_x.T, t.x).to(p.lora_a.dtype)
             if self.x is not None:
-                self.x.addmm_(self.lora_x, p.lora_a.to(t.x.dtype))
+                _add_product(self.x, self.lora_x, p.lora_a.to(t.x.dtype))
         hidden = self.x
         if hidden is not None and t.rows is not None:
-            hidden = torch.zeros_like(p.hidden, dtype=t.x.dtype).index_add_(0, t.rows, hidden)
+            hidden = _add_rows(torch.zeros_like(p.hidden, dtype=hidden.dtype), t.rows, hidden)
         hidden = None if hidden is None else hidden.to(p.hidden.dtype)
         return Grads(hidden, self.weight, self.bias, lora_a, self.lora_b)
 
@@ -188,17 +194,31 @@ def _select(p: Problem, wanted: Tensor) -> _Targets:
     rows, y = p.rows, p.targets
     if kept is not None:
         rows, y = kept if rows is None else rows[kept], y[kept]
-    wide = torch.promote_types(p.hidden.dtype, torch.float32)
-    x = (p.hidden if rows is None else p.hidden[rows]).to(wide)
-    lora_x = None if p.lora_a is None else (x @ p.lora_a.to(wide).T).mul_(p.lora_scaling)
+    factor = _factor(p)
+    x = (p.hidden if rows is None else p.hidden[rows]).to(factor)
+    lora_x = None
+    if p.lora_a is not None:
+        lora_x = _product(x, p.lora_a.to(factor).T).mul_(p.lora_scaling).to(factor)
     return _Targets(kept, rows, y, x, lora_x)
 
 
-def _slabs(p: Problem, wide: torch.dtype) -> Iterator[_Slab]:
+def _wide(p: Problem) -> torch.dtype:
+    """The dtype of logits, statistics and sums."""
+    return torch.promote_types(p.hidden.dtype, torch.float32)
+
+
+def _factor(p: Problem) -> torch.dtype:
+    """The dtype of what GEMMs multiply."""
+    return p.hidden.dtype if p.hidden.is_cuda and p.hidden.dtype == torch.bfloat16 else _wide(p)
+
+
+def _slabs(p: Problem) -> Iterator[_Slab]:
+    wide, factor = _wide(p), _factor(p)
     for start in range(0, len(p.weight), COLUMNS):
         columns = slice(start, min(start + COLUMNS, len(p.weight)))
-        lora_b, bias = (None if g is None else g[columns].to(wide) for g in (p.lora_b, p.bias))
-        yield _Slab(columns, p.weight[columns].to(wide), lora_b, bias)
+        bias = None if p.bias is None else p.bias[columns].to(wide)
+        lora_b = None if p.lora_b is None else p.lora_b[columns].to(factor)
+        yield _Slab(columns, p.weight[columns].to(factor), lora_b, bias)
 
 
 def _blocks(p: Problem, t: _Targets) -> Iterator[slice]:
@@ -209,12 +229,12 @@ def _blocks(p: Problem, t: _Targets) -> Iterator[slice]:
 
 def _height(p: Problem, t: _Targets) -> int:
     """Rows of a tile: ROWS, or fewer where the memory budget is small."""
-    return max(1, min(ROWS, p.memory_budget // (min(COLUMNS, len(p.weight)) * t.x.itemsize)))
+    return max(1, min(ROWS, p.memory_budget // (min(COLUMNS, len(p.weight)) * _wide(p).itemsize)))
 
 
 def _buffer(p: Problem, t: _Targets) -> Tensor:
     """Room for one tile; every tile is a contiguous view of its start."""
-    return t.x.new_empty(min(_height(p, t), len(t.y)) * min(COLUMNS, len(p.weight)))
+    return t.x.new_empty(min(_height(p, t), len(t.y)) * min(COLUMNS, len(p.weight)), dtype=_wide(p))
 
 
 def _view(buffer: Tensor, block: slice, slab: _Slab) -> Tensor:
@@ -223,9 +243,27 @@ def _view(buffer: Tensor, block: slice, slab: _Slab) -> Tensor:
 
 
 def _make_logits(tile: Tensor, t: _Targets, block: slice, slab: _Slab) -> None:
-    torch.mm(t.x[block], slab.weight.T, out=tile)
+    _add_product(tile, t.x[block], slab.weight.T, beta=0)
     if slab.lora_b is not None and t.lora_x is not None:
-        tile.addmm_(t.lora_x[block], slab.lora_b.T)
+        _add_product(tile, t.lora_x[block], slab.lora_b.T)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a b in float32 or wider; `a` is rounded to the dtype of `b`."""
+    total = b.new_empty(len(a), b.shape[1], dtype=torch.promote_types(b.dtype, torch.float32))
+    return _add_product(total, a, b, beta=0)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, beta: int = 1) -> Tensor:
+    """total = beta total + a b, with `a` rounded to the dtype of `b`; only CUDA multiplies half and sums in float32."""
+    if b.dtype == total.dtype:
+        return total.addmm_(a, b, beta=beta)
+    return torch.addmm(total, a.to(b.dtype), b, beta=beta, out_dtype=total.dtype, out=total)
+
+
+def _add_rows(total: Tensor, rows: Tensor, x: Tensor) -> Tensor:
+    """total[rows[i]] += x[i], in a fixed order: on CUDA index_put_ sorts, and index_add_ adds as it comes."""
+    return total.index_put_((rows,), x, accumulate=True) if total.is_cuda else total.index_add_(0, rows, x)
 
 
 def _fold(tile: Tensor, p: Problem, y: Tensor, slab: _Slab, state: Tensor, unit: Tensor | None) -> None:
@@ -298,14 +336,14 @@ def _finish(p: Problem, t: _Targets, state: Tensor) -> tuple[Tensor, ...]:
     logprob = -F.softplus(gap)
     lse = z - logprob
     rounded = lse.to(state.dtype)
-    entropy = t.x.new_empty(0)
+    entropy = state.new_empty(0)
     if p.need_entropy:
         q = torch.sigmoid(gap)
         others = torch.where(s > 0, s.log() - weighted / s, 0.0)
         entropy = -torch.xlogy(q, q) - logprob.exp() * logprob + q * others
-        entropy = _spread(entropy.to(state.dtype), p, t, t.x)
+        entropy = _spread(entropy.to(state.dtype), p, t)
     logprob, low = logprob.to(state.dtype), (lse - rounded).to(state.dtype)
-    logprob, lse, low, is_top1 = (_spread(x, p, t, t.x) for x in (logprob, rounded, low, z >= top))
+    logprob, lse, low, is_top1 = (_spread(x, p, t) for x in (logprob, rounded, low, z >= top))
     return logprob, entropy, lse, low, is_top1
 
 
@@ -321,15 +359,15 @@ def _finish_unit(unit: Tensor, p: Problem, t: _Targets, state: Tensor) -> None:
         unit[block].addcmul_(rows_of_head, factor[block].unsqueeze(-1))
 
 
-def _spread(x: Tensor | None, p: Problem, t: _Targets, like: Tensor) -> Tensor:
+def _spread(x: Tensor | None, p: Problem, t: _Targets) -> Tensor:
     """Per-target values `[m, ...]` back to all M, zero where a target is skipped; empty for None."""
     if x is None:
-        return like.new_empty(0)
+        return t.x.new_empty(0, dtype=_wide(p))
     if t.kept is None:
         return x
     return x.new_zeros(len(p.targets), *x.shape[1:]).index_copy_(0, t.kept, x)
 
 
-def _pick(x: Tensor, t: _Targets) -> Tensor:
+def _pick(x: Tensor, p: Problem, t: _Targets) -> Tensor:
     x = x if t.kept is None else x[t.kept]
-    return x.to(t.x.dtype).contiguous()
+    return x.to(_wide(p)).contiguous()

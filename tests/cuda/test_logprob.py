@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tolerance import assert_true_to
+from tolerance import HALF, assert_as_good_as, assert_true_to
 
 from posttrain import _C
 from posttrain.ops import linear_logprob, logprob_tiled, reference, use_backend
@@ -60,8 +60,37 @@ def test_against_the_reference(frozen, softcap, outputs):
     for value, true in zip([*ours[:3], *grads], [*truth[:3], *true_grads], strict=True):
         assert_true_to(value.detach().cpu(), true.detach())
     assert torch.equal(ours[3].cpu(), truth[3])
-    for value, second in zip([*ours, *grads[1:]], [*again, *grads_again[1:]], strict=True):
+    for value, second in zip([*ours, *grads], [*again, *grads_again], strict=True):
         assert torch.equal(value, second)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.usefixtures("poison")
+def test_half_precision(frozen, dtype):
+    """bfloat16 goes into the GEMMs as it is; log-probabilities are as from float32 copies."""
+    x = inputs("cuda", dtype)
+    for name in ("weight", "bias"):
+        x[name].requires_grad_(not frozen)
+    wide = {name: y.detach().cpu() for name, y in x.items()}
+    wide = {name: y.float().requires_grad_() if y.is_floating_point() else y for name, y in wide.items()}
+    with use_backend("cuda"):
+        ours, grads = run(linear_logprob, x, frozen, 1)
+        _, grads_again = run(linear_logprob, x, frozen, 1)
+    truth, true_grads = run(reference.linear_logprob, wide, frozen, 1)
+    peer_grads = run(plain, x, frozen, 1)[1]
+    torch.testing.assert_close(ours[0].detach().cpu(), truth[0].detach())
+    for value, again, peer, true in zip(grads, grads_again, peer_grads, true_grads, strict=True):
+        assert torch.equal(value, again)
+        assert_as_good_as(value.cpu(), peer.cpu(), true)
+
+
+def plain(hidden, weight, targets, *, rows, bias):
+    """PyTorch's way, with logits in the dtype of its inputs."""
+    counts = targets != -100
+    log_p = torch.nn.functional.linear(hidden[rows], weight, bias).log_softmax(-1)
+    chosen = log_p.gather(-1, torch.where(counts, targets, 0).unsqueeze(-1)).squeeze(-1)
+    return (torch.where(counts, chosen, 0).float(),)
 
 
 @pytest.mark.usefixtures("poison")
