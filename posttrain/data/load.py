@@ -7,7 +7,8 @@ Parquet is read by pyarrow, everything else by `datasets`; both are imported onl
 import csv
 import json
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ def load_rows(source: Any, split: str = "train", *, skip_bad_rows: bool = False)
         return source
     if isinstance(source, str | Path):
         return _load(source, split, skip_bad_rows)
+    if isinstance(source, Mapping) and any(hasattr(part, "column_names") for part in source.values()):
+        raise DataError(f"{type(source).__name__} holds the splits {', '.join(map(repr, source))}; give one of them")
     if not (hasattr(source, "__len__") and hasattr(source, "__getitem__")) or hasattr(source, "keys"):
         raise DataError(f"rows must be a path, a hub id, a list of dicts or a Dataset; got {type(source).__name__}")
     name = "rows" if isinstance(source, list | tuple) else type(source).__name__
@@ -127,6 +130,8 @@ def _read_csv(path: Path, bad: BadRows) -> tuple[list[Row], list[int]]:
             header = next(reader, [])
         except csv.Error as error:
             raise DataError(f"{path}, line 1: broken CSV: {error}") from error
+        if twice := [name for name, times in Counter(header).items() if name and times > 1]:
+            raise DataError(f"{path}, line 1: column {twice[0]!r} is there {header.count(twice[0])} times")
         while True:
             first = reader.line_num + 1
             try:

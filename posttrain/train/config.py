@@ -17,7 +17,7 @@ import yaml
 
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
 SAMPLING = ("random", "sequential")
-REPORTS = ("none", "tensorboard")
+REPORTS = ("none", "tensorboard", "wandb")
 
 
 class ConfigError(ValueError):
@@ -106,9 +106,11 @@ class TrainConfig:
 
     def _check_ranges(self) -> None:
         _at_least(self, 1, "per_device_train_batch_size", "gradient_accumulation_steps", "max_tokens_per_batch")
-        _at_least(self, 1, "logging_steps", "eval_steps", "save_total_limit")
+        _at_least(self, 1, "logging_steps", "eval_steps", "save_total_limit", "lora_alpha")
         _at_least(self, 0, "learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "save_steps", "lora_r")
         _at_least(self, 0, "adam_beta1", "adam_beta2", "adam_epsilon", "lora_dropout")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"seed must be from 0 to {2**32 - 1}, got {self.seed}")
         for name in ("adam_beta1", "adam_beta2", "lora_dropout"):
             if getattr(self, name) >= 1:
                 raise ConfigError(f"{name} must be below 1, got {getattr(self, name):g}")
@@ -141,7 +143,7 @@ def coerce(name: str, value: Any, hint: Any) -> Any:
     for kind in kinds:
         try:
             return _CONVERT[kind](value)
-        except ValueError:
+        except (ValueError, OverflowError):
             continue
     wanted = " or ".join(_WORDS[kind] for kind in kinds)
     raise ConfigError(f"{name} must be {wanted}, got {value!r}")
@@ -189,6 +191,8 @@ _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: 
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file, or a `ConfigError` naming file and line."""
     path = Path(path)
+    if path.is_dir():
+        raise ConfigError(f"config file {path} is a folder")
     if not path.is_file():
         raise ConfigError(f"config file {path} does not exist")
     try:

@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from posttrain.data.values import first_line
+from posttrain.train.config import ConfigError
+
 FILE = "metrics.jsonl"
 
 
@@ -64,10 +67,23 @@ class Speed:
         return record
 
 
+def check_reports(report_to: list[str]) -> None:
+    """Raise `ConfigError` if a place that metrics go to needs a package that isn't there."""
+    if "wandb" in report_to:
+        try:
+            import wandb  # noqa: F401
+        except ImportError as error:
+            raise ConfigError(f"report_to wandb needs the package: pip install wandb ({error})") from error
+
+
 class MetricsLog:
-    """Appends every record to metrics.jsonl and, if asked, to TensorBoard; keeps them as `history`."""
+    """Appends every record to metrics.jsonl and, if asked, to TensorBoard and W&B; keeps them as `history`.
+
+    W&B reads its settings (WANDB_PROJECT, WANDB_MODE, ...) from the environment; a resumed run is a new one there.
+    """
 
     def __init__(self, output_dir: Path, report_to: list[str], resumed_step: int = 0) -> None:
+        self._wandb = _start_wandb(output_dir) if "wandb" in report_to else None
         self._path = output_dir / FILE
         self.history = [record for record in read(output_dir) if record["step"] <= resumed_step]
         partial = self._path.with_suffix(".partial")
@@ -84,16 +100,34 @@ class MetricsLog:
         self.history.append(record)
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
+        scalars = {_grouped(name): value for name, value in record.items() if name != "step"}
         if self._board is not None:
-            for name, value in record.items():
-                if name != "step":
-                    group = "eval" if name.startswith("eval_") else "train"
-                    self._board.add_scalar(f"{group}/{name.removeprefix('eval_')}", value, record["step"])
+            for name, value in scalars.items():
+                self._board.add_scalar(name, value, record["step"])
+        if self._wandb is not None:
+            self._wandb.log(scalars, step=record["step"])
 
     def close(self) -> None:
         """Flush what is buffered."""
         if self._board is not None:
             self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def _start_wandb(output_dir: Path) -> Any:
+    """A run of W&B that keeps its files in `output_dir`."""
+    import wandb
+
+    try:
+        return wandb.init(dir=output_dir, name=output_dir.name)
+    except wandb.Error as error:
+        raise ConfigError(f"report_to wandb: {first_line(error)}") from error
+
+
+def _grouped(name: str) -> str:
+    """The name that TensorBoard and W&B show: train/<name> or eval/<name>."""
+    return f"eval/{name.removeprefix('eval_')}" if name.startswith("eval_") else f"train/{name}"
 
 
 def read(output_dir: Path) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ class Progress:
         self._num_steps = num_steps
         self._first = first_step
         self._start = time.perf_counter()
-        self._rate = 0.0
+        self._rate: float | None = None
         self._bar: Any = _make_bar() if bar and sys.stderr.isatty() else None
         self._task = self._bar and self._bar.add_task("train", total=num_steps, completed=first_step, status="")
 
@@ -38,7 +38,8 @@ class Progress:
         """Show a log record."""
         self._rate = record.get("tokens_per_second", self._rate)
         numbers = ", ".join(f"{name} {record[name]:.4g}" for name in ("loss", "eval_loss") if name in record)
-        status = f"{numbers}, {self._rate:,.0f} tokens/s, {peak_memory() / 2**30:.1f} GiB"
+        speed = "" if self._rate is None else f"{self._rate:,.0f} tokens/s, "
+        status = f"{numbers}, {speed}{peak_memory() / 2**30:.1f} GiB"
         if self._bar:
             self._bar.update(self._task, completed=step, status=status)
         else:

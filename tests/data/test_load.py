@@ -70,6 +70,7 @@ def test_csv_values_stay_text(tmp_path):
         ("a.csv", 'a,b\n"x\ny",z\nx\n', r"a\.csv, line 4: 1 fields, but the header has 2"),
         ("a.csv", 'a,b\n"x"y,z\n', r"a\.csv, line 2: broken CSV"),
         ("a.csv", b"a,b\n\xff,z\n", r"a\.csv, line 2: the text is not UTF-8"),
+        ("a.csv", "text,b,text\nx,y,z\n", r"a\.csv, line 1: column 'text' is there 2 times"),
         ("a.csv", '"text\nx\n', r"a\.csv, line 1: broken CSV: unexpected end of data"),
         ("a.parquet", "no parquet", r"a\.parquet: broken Parquet: "),
         ("a.txt", "hello", r"a\.txt: unknown kind of file '\.txt'; known are \.jsonl, \.json, \.csv, \.parquet"),
@@ -113,6 +114,16 @@ def test_other_objects_are_refused(source):
         load_rows(source)
     with pytest.raises(DataError, match="rows: no rows"):
         load_rows([])
+
+
+def test_several_splits_are_named():
+    splits = datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS), test=datasets.Dataset.from_list(ROWS))
+    with pytest.raises(DataError, match=r"^DatasetDict holds the splits 'train', 'test'; give one of them$"):
+        load_rows(splits)
+
+
+def test_unnamed_csv_columns_may_repeat(tmp_path):
+    assert [row["text"] for row in load_rows(write(tmp_path / "a.csv", "text,,\none,,\n"))] == ["one"]
 
 
 def test_skipping_counts_and_lists(tmp_path, caplog):

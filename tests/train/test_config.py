@@ -51,9 +51,13 @@ def test_values_take_the_type_of_their_field(name, given, value):
         ("learning_rate", -1, "learning_rate must be at least 0, got -1"),
         ("packing", 2, "packing must be true or false, got 2"),
         ("model", 3, "model must be text, got 3"),
-        ("report_to", "wandb", "report_to must be one of none, tensorboard; got 'wandb'"),
+        ("report_to", "mlflow", "report_to must be one of none, tensorboard, wandb; got 'mlflow'"),
         ("lr_scheduler_type", "sawtooth", "lr_scheduler_type must be one of linear, cosine, .*; got 'sawtooth'"),
         ("per_device_train_batch_size", 0, "per_device_train_batch_size must be at least 1, got 0"),
+        ("seed", 2**32, "seed must be from 0 to 4294967295, got 4294967296"),
+        ("seed", -1, "seed must be from 0 to 4294967295, got -1"),
+        ("lora_alpha", 0, "lora_alpha must be at least 1, got 0"),
+        ("learning_rate", 10**400, "learning_rate must be a number, got 10+"),
         ("adam_beta2", 1, "adam_beta2 must be below 1, got 1"),
         ("lora_dropout", -0.1, "lora_dropout must be at least 0, got -0.1"),
         ("max_length", 1, "max_length must be at least 2, got 1"),
@@ -83,6 +87,8 @@ def test_yaml_errors_name_file_and_line(tmp_path):
     path = tmp_path / "a.yaml"
     with pytest.raises(ConfigError, match=r"a\.yaml does not exist$"):
         read_yaml(path)
+    with pytest.raises(ConfigError, match=f"config file {tmp_path} is a folder$"):
+        read_yaml(tmp_path)
     path.write_text("model: a\ndata: [1\nseed: 3\n")
     with pytest.raises(ConfigError, match=r"a\.yaml:3: not valid YAML"):
         read_yaml(path)

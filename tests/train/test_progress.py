@@ -18,6 +18,13 @@ def test_lines_when_not_a_terminal(capsys):
     assert second.startswith("step 5/10: eval_loss 0.5, 12,345 tokens/s, ")
 
 
+def test_an_evaluation_before_the_first_log_has_no_speed(capsys):
+    with Progress(num_steps=10, first_step=0, bar=False) as progress:
+        progress.report(1, {"eval_loss": 0.5})
+    line = capsys.readouterr().err
+    assert line.startswith("step 1/10: eval_loss 0.5, ") and "tokens/s" not in line
+
+
 @pytest.mark.parametrize("bar", [True, False])
 def test_a_bar_only_on_a_terminal_that_wants_one(monkeypatch, bar):
     class Terminal(io.StringIO):
