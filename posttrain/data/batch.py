@@ -39,20 +39,25 @@ class PackedBatch:
         With `share_prefixes`, tokens that several examples begin with are there once (posttrain/data/share.py). The
         last of them has a row for the first target of each branch; losses and gradients are those of copies.
         """
-        if share_prefixes:
-            return _pack_shared(examples)
-        lengths = [len(example) for example in examples]
-        input_ids = np.concatenate([example.input_ids for example in examples] or [np.empty(0, np.int32)])
-        targeted = np.concatenate([_targeted(example) for example in examples] or [np.empty(0, np.bool_)])
-        where = torch.from_numpy(np.flatnonzero(targeted))
-        tokens = torch.from_numpy(input_ids.astype(np.int64))
-        owner = torch.arange(len(examples)).repeat_interleave(torch.tensor(lengths, dtype=torch.int64))
+        sequences = [example.input_ids for example in examples]
+        return PackedBatch.lay_out(
+            examples, share.share_prefixes(sequences) if share_prefixes else share.keep_apart(sequences)
+        )
+
+    @staticmethod
+    def lay_out(examples: Sequence[Example], forest: share.Forest) -> "PackedBatch":
+        """Lay `examples` out as `forest` says, which has their tokens."""
+        targeted = [np.flatnonzero(_targeted(example)) for example in examples]
+        nothing = [np.empty(0, np.int64)]
+        rows = [places[where - 1] for places, where in zip(forest.places(), targeted, strict=True)]
+        targets = [example.input_ids[where] for example, where in zip(examples, targeted, strict=True)]
+        counts = torch.tensor([len(where) for where in targeted], dtype=torch.int64)
         return PackedBatch(
-            input_ids=tokens,
-            layout=PackedLayout.from_lengths(lengths),
-            rows=where - 1,
-            targets=tokens[where],
-            sequence=owner[where],
+            input_ids=torch.from_numpy(np.concatenate(forest.tokens or nothing).astype(np.int64)),
+            layout=PackedLayout.from_forest(forest.lengths, forest.parents),
+            rows=torch.from_numpy(np.concatenate(rows or nothing)),
+            targets=torch.from_numpy(np.concatenate(targets or nothing).astype(np.int64)),
+            sequence=torch.arange(len(examples)).repeat_interleave(counts),
             num_sequences=len(examples),
         )
 
@@ -66,23 +71,6 @@ class PackedBatch:
             self.sequence.to(device),
             self.num_sequences,
         )
-
-
-def _pack_shared(examples: Sequence[Example]) -> PackedBatch:
-    shared = share.share_prefixes([example.input_ids for example in examples])
-    targeted = [np.flatnonzero(_targeted(example)) for example in examples]
-    nothing = [np.empty(0, np.int64)]
-    rows = [places[where - 1] for places, where in zip(shared.places, targeted, strict=True)]
-    targets = [example.input_ids[where] for example, where in zip(examples, targeted, strict=True)]
-    counts = torch.tensor([len(where) for where in targeted], dtype=torch.int64)
-    return PackedBatch(
-        input_ids=torch.from_numpy(np.concatenate(shared.tokens or nothing).astype(np.int64)),
-        layout=PackedLayout.from_forest(shared.lengths, shared.parents),
-        rows=torch.from_numpy(np.concatenate(rows or nothing)),
-        targets=torch.from_numpy(np.concatenate(targets or nothing).astype(np.int64)),
-        sequence=torch.arange(len(examples)).repeat_interleave(counts),
-        num_sequences=len(examples),
-    )
 
 
 def _targeted(example: Example) -> np.ndarray:

@@ -3,39 +3,90 @@
 Sequences that agree on their first tokens become branches of one segment, and so on within the branches: a prompt and
 its completions, a chosen and a rejected answer, turns of a conversation that goes on in several ways. A prefix shorter
 than `SHORTEST` tokens is not worth a segment of its own: every sequence keeps its copy.
+
+A tree that is too large for one micro-batch is divided where it branches, as low as possible: each part has what lies
+above it, and that is all that is stored again. With capacity C, a segment that ends e tokens after its root leaves
+room for C - e tokens below it. So, from the leaves up, what continues a segment is put best-fit into as many bins of
+C - e tokens as it needs, and each bin, with the segment on top, is one item for the segment above.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
+
+from posttrain.data.pack import pack_best_fit
 
 SHORTEST = 16
 
 
 @dataclass
-class SharedPrefixes:
-    """Segments in depth-first order, and where each sequence lies.
+class Forest:
+    """Segments in depth-first order, and which of them each sequence consists of.
 
     Attributes:
-        lengths: of the segments.
-        parents: index of each segment's parent, -1 for a root.
         tokens: of each segment.
-        places: for each sequence, the packed index of each of its tokens.
-        num_tokens: of all segments.
+        parents: index of each segment's parent, -1 for a root.
+        paths: for each sequence, its segments from the root on.
     """
 
-    lengths: list[int] = field(default_factory=list)
-    parents: list[int] = field(default_factory=list)
     tokens: list[NDArray[np.int32]] = field(default_factory=list)
-    places: list[NDArray[np.int64]] = field(default_factory=list)
-    num_tokens: int = 0
+    parents: list[int] = field(default_factory=list)
+    paths: list[list[int]] = field(default_factory=list)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Of the segments."""
+        return [len(tokens) for tokens in self.tokens]
+
+    @property
+    def num_tokens(self) -> int:
+        """Of all segments."""
+        return sum(self.lengths)
+
+    def places(self) -> list[NDArray[np.int64]]:
+        """For each sequence, where each of its tokens lies when the segments are laid end to end."""
+        ends = np.cumsum([0, *self.lengths])
+        ranges = [np.arange(start, end) for start, end in pairwise(ends)]
+        return [np.concatenate([np.empty(0, np.int64), *(ranges[segment] for segment in path)]) for path in self.paths]
+
+    def select(self, sequences: Iterable[int]) -> "Forest":
+        """The forest of these sequences alone, numbered in the order given."""
+        paths = [self.paths[sequence] for sequence in sequences]
+        kept = sorted({segment for path in paths for segment in path})
+        number = {segment: new for new, segment in enumerate(kept)} | {-1: -1}
+        return Forest(
+            tokens=[self.tokens[segment] for segment in kept],
+            parents=[number[self.parents[segment]] for segment in kept],
+            paths=[[number[segment] for segment in path] for path in paths],
+        )
+
+    def divide(self, capacity: int) -> list[list[int]]:
+        """Bins of sequences, each sequence once, whose forests have at most `capacity` tokens each.
+
+        A tree that fits stays whole. Raises `ValueError` if a sequence alone doesn't fit.
+        """
+        ends: list[int] = []
+        for length, parent in zip(self.lengths, self.parents, strict=True):
+            ends.append(length + (ends[parent] if parent >= 0 else 0))
+        below: list[list[_Part]] = [[] for _ in range(len(ends) + 1)]  # of each segment, and last of no segment
+        for sequence, path in enumerate(self.paths):
+            below[path[-1] if path else -1].append((0, [sequence]))
+        for segment in reversed(range(len(ends))):
+            length = len(self.tokens[segment])
+            parts = _join(below[segment], capacity - ends[segment])
+            below[self.parents[segment]] += [(length + size, members) for size, members in parts]
+        return [sorted(members) for _, members in _join(below[-1], capacity)]
 
 
-def share_prefixes(sequences: Sequence[NDArray[np.int32]]) -> SharedPrefixes:
-    """The forest of `sequences`; what shares nothing stays in order."""
-    shared = SharedPrefixes(places=[np.empty(0, np.int64) for _ in sequences])
+_Part = tuple[int, list[int]]  # tokens, and the sequences that end in them
+
+
+def share_prefixes(sequences: Sequence[NDArray[np.int32]]) -> Forest:
+    """The forest of `sequences` with shared prefixes; what shares nothing stays in order."""
+    forest = Forest(paths=[[] for _ in sequences])
     # (sequences, tokens of them that have a segment, tokens they are known to agree on, segment they continue)
     open_groups = [(list(range(len(sequences))), 0, 0, -1)]
     while open_groups:
@@ -43,7 +94,7 @@ def share_prefixes(sequences: Sequence[NDArray[np.int32]]) -> SharedPrefixes:
         common = _common_prefix([sequences[i] for i in members], agreed)
         if len(members) == 1 or common - start >= SHORTEST:
             if common > start:
-                parent = _add(shared, sequences, members, start, common, parent)
+                parent = _add(forest, sequences[members[0]][start:common], members, parent)
             start = common
         branches: dict[int, list[int]] = {}
         for i in members:
@@ -52,26 +103,22 @@ def share_prefixes(sequences: Sequence[NDArray[np.int32]]) -> SharedPrefixes:
             elif common > start:
                 branches[-1 - i] = [i]  # ends here, with tokens that have no segment yet
         open_groups += [(branch, start, common, parent) for branch in reversed(branches.values())]
-    return shared
+    return forest
 
 
-def _add(
-    shared: SharedPrefixes,
-    sequences: Sequence[NDArray[np.int32]],
-    members: list[int],
-    start: int,
-    end: int,
-    parent: int,
-) -> int:
-    """A new segment of the tokens start to end of all members; returns its index."""
-    first = shared.num_tokens
-    shared.num_tokens += end - start
-    shared.lengths.append(end - start)
-    shared.parents.append(parent)
-    shared.tokens.append(sequences[members[0]][start:end])
+def keep_apart(sequences: Sequence[NDArray[np.int32]]) -> Forest:
+    """The forest in which every sequence is a segment of its own."""
+    return Forest(list(sequences), [-1] * len(sequences), [[i] for i in range(len(sequences))])
+
+
+def _add(forest: Forest, tokens: NDArray[np.int32], members: list[int], parent: int) -> int:
+    """A new segment that all members go through; returns its index."""
+    segment = len(forest.tokens)
+    forest.tokens.append(tokens)
+    forest.parents.append(parent)
     for i in members:
-        shared.places[i] = np.concatenate([shared.places[i], np.arange(first, first + end - start)])
-    return len(shared.lengths) - 1
+        forest.paths[i].append(segment)
+    return segment
 
 
 def _common_prefix(sequences: list[NDArray[np.int32]], agreed: int) -> int:
@@ -84,3 +131,10 @@ def _common_prefix(sequences: list[NDArray[np.int32]], agreed: int) -> int:
         if len(different):
             common = agreed + int(different[0])
     return common
+
+
+def _join(parts: list[_Part], capacity: int) -> list[_Part]:
+    """`parts` in bins of at most `capacity` tokens, as few as best-fit decreasing finds."""
+    sizes = [size for size, _ in parts]
+    bins = [range(len(parts))] if parts and sum(sizes) <= capacity else pack_best_fit(sizes, capacity)
+    return [(sum(parts[i][0] for i in bin), [member for i in bin for member in parts[i][1]]) for bin in bins]

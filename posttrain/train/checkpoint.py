@@ -14,6 +14,7 @@ import os
 import random
 import re
 import shutil
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ MANIFEST = "manifest.json"
 _STATE = "trainer_state.json"
 _OPTIMIZER = "optimizer.safetensors"
 _RNG = "rng.safetensors"
-_NAME = re.compile(r"checkpoint-(\d+)")
+_NAME = re.compile(r"checkpoint-\d+")
 
 
 def save(
@@ -89,8 +90,12 @@ def defect(folder: Path) -> str | None:
 
 def find_all(output_dir: Path) -> list[Path]:
     """The folders in `output_dir` named checkpoint-<step>, newest first, valid or not."""
-    named = [(match, path) for path in output_dir.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))]
-    return [path for match, path in sorted(named, key=lambda pair: -int(pair[0][1]))]
+    named = [path for path in output_dir.glob("checkpoint-*") if _NAME.fullmatch(path.name)]
+    return sorted(named, key=_step_of, reverse=True)
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("checkpoint-"))
 
 
 def find_newest(output_dir: Path) -> Path | None:
@@ -98,12 +103,26 @@ def find_newest(output_dir: Path) -> Path | None:
     return next((folder for folder in find_all(output_dir) if defect(folder) is None), None)
 
 
-def remove_old(newest: Path, keep: int) -> None:
-    """Delete all but `keep` checkpoints up to `newest`. Later ones, which a resumed run left behind, don't count."""
-    folders = find_all(newest.parent)
-    for folder in folders[folders.index(newest) + keep :]:
+def remove_old(output_dir: Path, keep: int) -> None:
+    """Delete all but the `keep` newest checkpoints."""
+    for folder in find_all(output_dir)[keep:]:
         (folder / MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(folder)
+
+
+def set_aside(output_dir: Path, step: int) -> Path | None:
+    """Move the checkpoints after `step` into a new folder `abandoned-<n>`: a run goes on from `step` without them.
+
+    Returns that folder, or None if there was nothing to move.
+    """
+    later = [folder for folder in find_all(output_dir) if _step_of(folder) > step]
+    if not later:
+        return None
+    target = next(path for n in count(1) if not (path := output_dir / f"abandoned-{n}").exists())
+    target.mkdir()
+    for folder in later:
+        folder.rename(target / folder.name)
+    return target
 
 
 def _seal(folder: Path) -> None:

@@ -3,6 +3,7 @@
 It knows no method: it takes a source of steps and a function that gives the loss of a micro-batch.
 """
 
+import logging
 import math
 import os
 import random
@@ -23,7 +24,7 @@ from posttrain.data.values import first_line
 from posttrain.objectives import Loss
 from posttrain.train import checkpoint
 from posttrain.train.config import ConfigError, TrainConfig, check_writable
-from posttrain.train.metrics import MetricsLog, Speed, Window
+from posttrain.train.metrics import MetricsLog, Speed, Window, check_reports
 from posttrain.train.optimizer import Optimizer, half_dtype
 from posttrain.train.plot import plot_metrics
 from posttrain.train.progress import Progress
@@ -62,6 +63,7 @@ class Loop:
         loss: LossFunction,
         eval_source: PackedSource | None = None,
     ) -> None:
+        check_reports(config.report_to)
         self.model = model
         self.tokenizer = tokenizer
         self.config = config
@@ -78,6 +80,7 @@ class Loop:
         self._window = Window()
         self._speed = Speed()
         self._num_tokens = 0
+        self._num_packed_tokens = 0
 
     def run(self, resume: bool | str | os.PathLike[str] | None = None) -> TrainResult:
         """Train to the last step. `resume` is a checkpoint folder, or True for the newest valid one.
@@ -93,6 +96,10 @@ class Loop:
         if first >= self.num_steps:
             raise ConfigError(f"nothing to do: {folder} is at step {first} of {self.num_steps}")
         self.output_dir.mkdir(parents=True, exist_ok=True)
+        if aside := checkpoint.set_aside(self.output_dir, first):
+            logging.getLogger("posttrain").warning(
+                "going on from step %d; later checkpoints are now in %s", first, aside
+            )
         with (
             closing(MetricsLog(self.output_dir, self.config.report_to, first)) as log,
             Progress(self.num_steps, first, bar=not self.config.disable_tqdm) as progress,
@@ -140,6 +147,7 @@ class Loop:
         norm = self._optimizer.step(self._learning_rate(step)).item()  # waits for the device, so the time is the work's
         self._window.end_step()
         self._num_tokens += data.num_tokens
+        self._num_packed_tokens += data.num_packed_tokens
         self._speed.add(time.perf_counter() - started, data.num_tokens)
         return norm
 
@@ -153,7 +161,8 @@ class Loop:
         if step % config.logging_steps == 0 or last:
             record = {"step": step, "epoch": step / self.source.steps_per_epoch, **self._window.take()}
             record |= {"grad_norm": norm, "learning_rate": self._learning_rate(step)}
-            record |= {"num_tokens": self._num_tokens, **self._speed.take()}
+            record |= {"num_tokens": self._num_tokens, "num_packed_tokens": self._num_packed_tokens}
+            record |= self._speed.take()
             log.write(record)
             progress.report(step, record)
         if self.eval_source is not None and (last or (config.eval_steps and step % config.eval_steps == 0)):
@@ -168,13 +177,14 @@ class Loop:
         state = {
             "num_steps": self.num_steps,
             "num_tokens": self._num_tokens,
+            "num_packed_tokens": self._num_packed_tokens,
             "window": {"steps": self._window.steps, "totals": self._window.totals()},
             "config": self.config.to_mapping(),
         }
         optimizer = self._optimizer.state()
         folder = checkpoint.save(self.output_dir, step, self.model, self.tokenizer, optimizer, state)
         if self.config.save_total_limit is not None:
-            checkpoint.remove_old(folder, self.config.save_total_limit)
+            checkpoint.remove_old(self.output_dir, self.config.save_total_limit)
         return folder
 
     def _checkpoint_to_resume(self, resume: bool | str | os.PathLike[str] | None) -> Path | None:
@@ -202,14 +212,14 @@ class Loop:
                 f"resume_from_checkpoint: {folder} doesn't fit this model: {first_line(error)}"
             ) from error
         self._window.restore(state["window"]["steps"], state["window"]["totals"])
-        self._num_tokens = state["num_tokens"]
+        self._num_tokens, self._num_packed_tokens = state["num_tokens"], state["num_packed_tokens"]
         return state["step"]
 
 
 def set_seed(seed: int) -> None:
     """Seed the generators of Python, numpy and torch."""
     random.seed(seed)
-    np.random.seed(seed % 2**32)
+    np.random.seed(seed)
     torch.manual_seed(seed)
 
 

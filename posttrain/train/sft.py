@@ -9,6 +9,7 @@ from posttrain.data import Example, PackedBatch
 from posttrain.data.load import load_rows
 from posttrain.data.tokenize import tokenize_sft
 from posttrain.models import add_lora, load, prepare, token_logprobs
+from posttrain.models.causal_lm import causal_lm
 from posttrain.objectives import Loss, cross_entropy
 from posttrain.train import checkpoint
 from posttrain.train.config import ConfigError
@@ -44,7 +45,9 @@ class SFTTrainer:
         processing_class: Any = None,
         peft_config: Any = None,
     ) -> None:
-        self.args = args or SFTConfig()
+        self.args = SFTConfig() if args is None else args
+        if not isinstance(self.args, SFTConfig):
+            raise ConfigError(f"args must be a posttrain.SFTConfig, got {_type_name(args)}")
         set_seed(self.args.seed)
         source = train_dataset if train_dataset is not None else self.args.data
         if source is None:
@@ -93,9 +96,11 @@ class SFTTrainer:
                 model, dtype=half or torch.float32, device=device, trust_remote_code=args.trust_remote_code
             )
             tokenizer = tokenizer or own_tokenizer
-        else:
+        elif isinstance(model, torch.nn.Module):
             model = model.to(device)
             prepare(model)
+        else:
+            raise ConfigError(f"model must be a folder, a hub id or a transformers model, got {_type_name(model)}")
         if tokenizer is None:
             raise ConfigError("no tokenizer: give processing_class along with a model object")
         if (peft_config is not None or args.lora_r > 0) and hasattr(model, "peft_config"):
@@ -130,6 +135,7 @@ class SFTTrainer:
             max_tokens=args.max_tokens_per_batch,
             bin_tokens=args.max_length if args.packing else None,
             shuffle_seed=args.seed if shuffle else None,
+            share=causal_lm(self.model).config._attn_implementation == "posttrain",  # padded rows can't share
         )
 
     def _check_vocabulary(self, examples: list[Example]) -> None:
@@ -141,6 +147,10 @@ class SFTTrainer:
                     f"{example.origin or 'the data'} holds token {token}, but the model's vocabulary has {size}; "
                     "the tokenizer is another model's"
                 )
+
+
+def _type_name(value: Any) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
 
 
 def _loss(model: Any, batch: PackedBatch, step: Step) -> Loss:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from posttrain.data import Example, PackedBatch
 from posttrain.data.pack import pack_best_fit
+from posttrain.data.share import keep_apart, share_prefixes
 from posttrain.train.config import ConfigError
 
 
@@ -22,12 +23,14 @@ class Step:
     Attributes:
         batches: its micro-batches.
         num_targets: target tokens of all of them.
-        num_tokens: tokens of all of them.
+        num_tokens: tokens of its examples.
+        num_packed_tokens: tokens of its micro-batches, in which a shared prefix is there once.
     """
 
     batches: list[PackedBatch]
     num_targets: int
     num_tokens: int
+    num_packed_tokens: int
 
 
 class PackedSource:
@@ -35,6 +38,9 @@ class PackedSource:
 
     A sequence is an example or, with `bin_tokens`, a bin of that many tokens filled with examples (best fit). In either
     case the examples of a step are spread anew over micro-batches of at most `max_tokens` tokens.
+
+    With `share`, examples of a step that begin alike go into the same micro-batch, which has what they share once
+    (posttrain/data/share.py). Which examples make a step, and its loss and gradient, stay the same.
     """
 
     def __init__(
@@ -45,6 +51,7 @@ class PackedSource:
         max_tokens: int,
         bin_tokens: int | None = None,
         shuffle_seed: int | None = None,
+        share: bool = False,
     ) -> None:
         if not examples:
             raise ConfigError("there is no example to train on")
@@ -59,6 +66,7 @@ class PackedSource:
         self._max_tokens = max_tokens
         self._sequences_per_step = sequences_per_step
         self._shuffle_seed = shuffle_seed
+        self._forest_of = share_prefixes if share else keep_apart
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
         lengths = [len(example) for example in examples]
         self._sequences = (
@@ -91,9 +99,14 @@ class PackedSource:
 
     def _pack(self, indices: Sequence[int]) -> Step:
         examples = [self._examples[i] for i in indices]
-        bins = pack_best_fit([len(example) for example in examples], self._max_tokens)
+        forest = self._forest_of([example.input_ids for example in examples])
+        batches = [
+            PackedBatch.lay_out([examples[i] for i in members], forest.select(members))
+            for members in forest.divide(self._max_tokens)
+        ]
         return Step(
-            batches=[PackedBatch.pack([examples[i] for i in members]) for members in bins],
+            batches=batches,
             num_targets=sum(example.num_targets for example in examples),
             num_tokens=sum(len(example) for example in examples),
+            num_packed_tokens=sum(len(batch.input_ids) for batch in batches),
         )

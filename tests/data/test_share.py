@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from tiny_models import VOCABULARY, tiny
 
 from posttrain.data import Example, PackedBatch
-from posttrain.data.share import SHORTEST, share_prefixes
+from posttrain.data.share import SHORTEST, Forest, keep_apart, share_prefixes
 from posttrain.models import prepare, token_logprobs
+from posttrain.ops.layout import PackedLayout
 
 
 def sequence(*runs: tuple[int, int]) -> np.ndarray:
@@ -20,19 +21,68 @@ def sequence(*runs: tuple[int, int]) -> np.ndarray:
 @given(st.lists(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 30)), max_size=4), max_size=8))
 def test_every_sequence_lies_on_a_path_of_the_forest(runs) -> None:
     sequences = [sequence(*each) for each in runs]
-    shared = share_prefixes(sequences)
-    packed = np.concatenate([*shared.tokens, np.empty(0, np.int32)])
-    batch = PackedBatch.pack(
-        [Example(ids, np.ones(len(ids), bool)) for ids in sequences], share_prefixes=True
-    )  # checks the depth-first order
-    until, positions = batch.layout.visible_until, batch.layout.positions
-    for ids, places in zip(sequences, shared.places, strict=True):
+    forest = share_prefixes(sequences)
+    check(forest, sequences)
+    assert forest.num_tokens <= sum(map(len, sequences))
+
+
+def check(forest: Forest, sequences: list[np.ndarray]) -> None:
+    """Every sequence lies on a path of `forest` and sees itself alone."""
+    packed = np.concatenate([*forest.tokens, np.empty(0, np.int32)])
+    layout = PackedLayout.from_forest(forest.lengths, forest.parents)  # checks the depth-first order
+    for ids, places in zip(sequences, forest.places(), strict=True):
         assert packed[places].tolist() == ids.tolist()
-        assert positions[places].tolist() == list(range(len(ids)))
+        assert layout.positions[places].tolist() == list(range(len(ids)))
         if len(ids):
-            seen = [k for k in range(places[-1] + 1) if places[-1] < until[k]]
+            seen = [k for k in range(places[-1] + 1) if places[-1] < layout.visible_until[k]]
             assert seen == places.tolist()
-    assert shared.num_tokens == len(packed) <= sum(map(len, sequences))
+    assert forest.num_tokens == len(packed)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 30)), max_size=4), max_size=12),
+    st.integers(0, 100),
+)
+def test_bins_hold_every_sequence_once_within_the_capacity(runs, spare) -> None:
+    sequences = [sequence(*each) for each in runs]
+    forest = share_prefixes(sequences)
+    capacity = max(map(len, sequences), default=0) + spare
+    bins = forest.divide(capacity)
+    assert sorted(i for members in bins for i in members) == list(range(len(sequences)))
+    for members in bins:
+        part = forest.select(members)
+        check(part, [sequences[i] for i in members])
+        assert part.num_tokens <= capacity
+    if sequences and forest.num_tokens <= capacity:
+        assert bins == [list(range(len(sequences)))]
+
+
+def test_a_group_stays_together_where_it_fits() -> None:
+    """Three prompts of 20 tokens with two completions of 5, in turns, and bins of 60."""
+    sequences = [sequence((prompt, 20), (9 + turn, 5)) for turn in range(2) for prompt in range(3)]
+    bins = share_prefixes(sequences).divide(60)
+    assert sorted(map(len, bins)) == [2, 4]
+    assert all((i + 3) % 6 in members for members in bins for i in members)
+
+
+def test_a_group_is_divided_as_low_as_it_can_be() -> None:
+    """A prompt of 20 tokens, two turns of 30 under it, three answers of 10 under each, and bins of 80 tokens."""
+    sequences = [sequence((1, 20), (2 + turn, 30), (4 + answer, 10)) for turn in range(2) for answer in range(3)]
+    forest = share_prefixes(sequences)
+    assert forest.num_tokens == 20 + 2 * (30 + 3 * 10)
+    assert sorted(forest.divide(80)) == [[0, 1, 2], [3, 4, 5]]
+    halves = forest.divide(70)
+    assert [forest.select(members).num_tokens for members in halves] == [70, 70, 60, 60]
+    assert all(len({i // 3 for i in members}) == 1 for members in halves)
+
+
+def test_sequences_kept_apart() -> None:
+    sequences = [sequence((1, 20)), sequence((1, 20), (2, 5))]
+    forest = keep_apart(sequences)
+    check(forest, sequences)
+    assert forest.parents == [-1, -1]
+    assert forest.divide(45) == [[0, 1]] and forest.divide(44) == [[1], [0]]
 
 
 def test_what_is_shared_is_the_longest_prefix_recursively() -> None:
@@ -59,7 +109,7 @@ def test_equal_and_contained_sequences() -> None:
     whole, part = sequence((1, 50)), sequence((1, 30))
     shared = share_prefixes([whole, part, whole])
     assert (shared.lengths, shared.parents) == ([30, 20], [-1, 0])
-    assert shared.places[0].tolist() == shared.places[2].tolist() == list(range(50))
+    assert shared.paths == [[0, 1], [0], [0, 1]]
 
 
 def shared_prompt_set(vocabulary: int) -> list[Example]:

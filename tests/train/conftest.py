@@ -26,3 +26,27 @@ def data_file(rows: list[dict[str, str]], tmp_path_factory: pytest.TempPathFacto
     path = tmp_path_factory.mktemp("data") / "train.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="session")
+def shared_rows() -> list[dict[str, str]]:
+    """8 prompts with 4 completions each, one prompt after the other."""
+    draw = random.Random(1)
+    prompts = [f"Question {n}: what is {draw.randrange(1000)} + {draw.randrange(1000)}? " for n in range(8)]
+    return [{"prompt": prompt, "completion": f"It is {draw.randrange(2000)}."} for prompt in prompts for _ in range(4)]
+
+
+@pytest.fixture(scope="session")
+def conversation_trees() -> list[dict[str, list[dict[str, str]]]]:
+    """4 openings, each with two answers, after which the conversation goes on in two ways: 16 conversations."""
+    draw = random.Random(2)
+
+    def say(role: str) -> dict[str, str]:
+        return {"role": role, "content": f"{role} says {draw.randrange(10**8)} and {draw.randrange(10**8)}"}
+
+    rows = []
+    for _ in range(4):
+        opening = say("user")
+        for answer in (say("assistant"), say("assistant")):
+            rows += [{"messages": [opening, answer, say("user"), say("assistant")]} for _ in range(2)]
+    return rows

@@ -48,9 +48,17 @@ def same_files(first: Path, second: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"bf16": True}, {"lora_r": 4, "lora_dropout": 0.2}], ids=["fp32", "bf16", "lora with dropout"]
+    ("changes", "data"),
+    [
+        ({}, "rows"),
+        ({"bf16": True}, "rows"),
+        ({"lora_r": 4, "lora_dropout": 0.2}, "rows"),
+        ({"max_tokens_per_batch": 80}, "shared_rows"),
+    ],
+    ids=["fp32", "bf16", "lora with dropout", "shared prompts"],
 )
-def test_10_steps_and_10_more_are_20_steps_bit_for_bit(model_dir, rows, tmp_path, changes):
+def test_10_steps_and_10_more_are_20_steps_bit_for_bit(model_dir, tmp_path, changes, data, request):
+    rows = request.getfixturevalue(data)
     whole = trainer(model_dir, tmp_path / "whole", rows, **changes)
     whole.train()
 
@@ -72,9 +80,9 @@ def stop_after(run: SFTTrainer, step: int) -> None:
     seen = set()
 
     def interrupting(model, batch, data):
-        seen.add(id(data))
-        if len(seen) == step:
+        if id(data) not in seen and len(seen) == step - 1:
             os.kill(os.getpid(), 2)
+        seen.add(id(data))
         return loss(model, batch, data)
 
     kept = []
@@ -194,14 +202,32 @@ def test_save_total_limit_keeps_the_newest(model_dir, rows, tmp_path):
 
 
 def test_save_total_limit_after_going_back_to_an_older_checkpoint(model_dir, rows, tmp_path):
-    """The newest by number are then from before: what was just saved must stay."""
+    """Those after it belong to the branch that is left: they go out of the way, and don't count."""
     settings = {"save_steps": 2, "save_total_limit": 2}
     trainer(model_dir, tmp_path, rows, max_steps=8, save_steps=2).train()
     resumed = trainer(model_dir, tmp_path, rows, max_steps=5, **settings)
     result = resumed.train(resume_from_checkpoint=tmp_path / "checkpoint-2")
     assert result.checkpoint == tmp_path / "checkpoint-5"
     assert checkpoint.defect(result.checkpoint) is None
-    assert [path.name for path in checkpoint.find_all(tmp_path)] == [f"checkpoint-{n}" for n in (8, 6, 5, 4)]
+    assert [path.name for path in checkpoint.find_all(tmp_path)] == ["checkpoint-5", "checkpoint-4"]
+    aside = checkpoint.find_all(tmp_path / "abandoned-1")
+    assert [path.name for path in aside] == ["checkpoint-8", "checkpoint-6", "checkpoint-4"]
+    assert checkpoint.defect(aside[0]) is None
+
+
+def test_resume_after_going_back_stays_on_the_new_branch(model_dir, rows, tmp_path):
+    def run(resume, steps: int) -> None:
+        settings = {"max_steps": steps, "save_steps": 1, "logging_steps": 1}
+        trainer(model_dir, tmp_path, rows, **settings).train(resume_from_checkpoint=resume)
+
+    run(None, 3)
+    run(tmp_path / "checkpoint-1", 2)
+    assert checkpoint.find_newest(tmp_path) == tmp_path / "checkpoint-2"
+    run(True, 4)
+    assert [record["step"] for record in read(tmp_path)] == [1, 2, 3, 4]
+    run(tmp_path / "abandoned-1" / "checkpoint-3", 5)
+    assert checkpoint.find_newest(tmp_path) == tmp_path / "checkpoint-5"
+    assert [path.name for path in checkpoint.find_all(tmp_path / "abandoned-2")] == ["checkpoint-4"]
 
 
 def test_ctrl_c_at_a_saving_step_saves_once(model_dir, rows, tmp_path, monkeypatch):

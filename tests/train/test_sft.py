@@ -1,7 +1,9 @@
 """The trainer on a tiny model: what must not change the result, and what must."""
 
 import copy
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -219,6 +221,40 @@ def test_tensorboard_has_the_same_values(model_dir, rows, tmp_path):
     torch.testing.assert_close(torch.tensor([event.value for event in board.Scalars("train/loss")]), expected)
 
 
+def test_wandb_has_the_same_values(model_dir, rows, tmp_path, monkeypatch):
+    calls = []
+    run = SimpleNamespace(log=lambda values, step: calls.append((step, values)), finish=lambda: calls.append("done"))
+    stand_in = SimpleNamespace(init=lambda **given: calls.append(given) or run)
+    monkeypatch.setitem(sys.modules, "wandb", stand_in)
+    trainer = SFTTrainer(args=config(model_dir, tmp_path, report_to=["wandb"], max_steps=2), train_dataset=rows)
+    expected = losses(trainer)
+    first, *logged, last = calls
+    assert first == {"dir": tmp_path, "name": tmp_path.name} and last == "done"
+    assert [step for step, _ in logged] == [1, 2]
+    torch.testing.assert_close(torch.tensor([values["train/loss"] for _, values in logged]), expected)
+
+
+def test_wandb_that_fails_is_one_line(model_dir, rows, tmp_path, monkeypatch):
+    class Error(Exception):
+        pass
+
+    def fail(**given):
+        raise Error("No API key configured.\nUse `wandb login`")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=fail, Error=Error))
+    trainer = SFTTrainer(args=config(model_dir, tmp_path, report_to=["wandb"]), train_dataset=rows)
+    with pytest.raises(ValueError, match=r"^report_to wandb: No API key configured\.$"):
+        trainer.train()
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_wandb_that_is_not_installed(model_dir, rows, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match=r"^report_to wandb needs the package: pip install wandb"):
+        SFTTrainer(args=config(model_dir, tmp_path / "run", report_to=["wandb"]), train_dataset=rows)
+    assert not (tmp_path / "run").exists()
+
+
 def test_save_model_writes_a_plain_model_folder(model_dir, rows, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -236,6 +272,13 @@ def test_missing_pieces_are_named(model_dir, rows, tmp_path):
         SFTTrainer(args=config(model_dir, tmp_path, model=None), train_dataset=rows)
     with pytest.raises(ValueError, match="no evaluation data"):
         SFTTrainer(args=config(model_dir, tmp_path), train_dataset=rows).evaluate()
+
+
+def test_other_objects_are_refused(model_dir, rows, tmp_path):
+    with pytest.raises(ValueError, match=r"^model must be a folder, a hub id or a transformers model, got int$"):
+        SFTTrainer(3, config(model_dir, tmp_path), rows)
+    with pytest.raises(ValueError, match=r"^args must be a posttrain\.SFTConfig, got dict$"):
+        SFTTrainer(str(model_dir), {}, rows)
 
 
 def test_a_tokenizer_of_another_model(model_dir, rows, tmp_path):

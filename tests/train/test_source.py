@@ -34,7 +34,57 @@ def test_an_epoch_has_every_example_once(lengths, sequences, max_tokens, seed):
     for step in steps:
         assert all(len(batch.input_ids) <= max_tokens for batch in step.batches)
         assert step.num_targets == sum(len(batch.targets) for batch in step.batches)
-        assert step.num_tokens == sum(len(batch.input_ids) for batch in step.batches)
+        assert step.num_tokens == step.num_packed_tokens == sum(len(batch.input_ids) for batch in step.batches)
+
+
+def completions(num_prompts: int, num_completions: int) -> list[Example]:
+    """Prompts of 20 tokens, each with completions of 5 target tokens."""
+    return [
+        Example(np.repeat([prompt, 100 + completion], [20, 5]).astype(np.int32), np.arange(25) >= 20)
+        for prompt in range(num_prompts)
+        for completion in range(num_completions)
+    ]
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+@pytest.mark.parametrize("bin_tokens", [None, 50])
+def test_sharing_changes_the_micro_batches_alone(seed, bin_tokens):
+    apart, shared = (
+        PackedSource(
+            completions(6, 4),
+            sequences_per_step=8,
+            max_tokens=80,
+            bin_tokens=bin_tokens,
+            shuffle_seed=seed,
+            share=share,
+        )
+        for share in (False, True)
+    )
+
+    def targets(step: Step) -> list[tuple[int, list[int]]]:
+        """(prompt, target tokens) of each example."""
+        return sorted(
+            (int(batch.input_ids[batch.rows[batch.sequence == n][0]]), batch.targets[batch.sequence == n].tolist())
+            for batch in step.batches
+            for n in range(batch.num_sequences)
+        )
+
+    assert apart.steps_per_epoch == shared.steps_per_epoch
+    for number in range(apart.steps_per_epoch):
+        one, other = apart.step(number), shared.step(number)
+        assert targets(one) == targets(other)
+        assert (one.num_targets, one.num_tokens) == (other.num_targets, other.num_tokens)
+        prompts = {prompt for prompt, _ in targets(other)}
+        assert other.num_packed_tokens == sum(len(batch.input_ids) for batch in other.batches)
+        assert other.num_packed_tokens == 20 * len(prompts) + 5 * len(targets(other))
+        assert all(len(batch.input_ids) <= 80 for batch in other.batches)
+
+
+def test_a_group_over_the_budget_has_its_prompt_in_every_part():
+    source = PackedSource(completions(1, 8), sequences_per_step=8, max_tokens=40, share=True)
+    step = source.step(0)
+    assert [len(batch.input_ids) for batch in step.batches] == [40, 40]
+    assert (step.num_tokens, step.num_packed_tokens, step.num_targets) == (200, 80, 40)
 
 
 def test_order_depends_on_seed_and_epoch_alone():
