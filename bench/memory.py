@@ -1,8 +1,9 @@
-"""Peak memory of a piece of work in a process of its own, beyond what it holds before."""
+"""Peak memory of a piece of work in a process of its own."""
 
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 _TEMPLATE = """
 import ctypes, gc, torch
@@ -14,15 +15,29 @@ def status(field):
     with open("/proc/self/status") as lines:
         return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
 
+setup_peak = status("VmHWM")
 open("/proc/self/clear_refs", "w").write("5")  # resets VmHWM to what is resident now
 before = status("VmRSS")
 {work}
-print("peak", status("VmHWM") - before)
+peak = status("VmHWM")
+print("peaks", peak - before, max(peak, setup_peak))
 """
 
 
+class Peaks(NamedTuple):
+    """Most resident bytes: while the work ran, beyond what was resident before; and of the process, set-up and all."""
+
+    beyond: int
+    whole: int
+
+
 def peak_bytes(setup: str, work: str) -> int:
-    """Bytes by which the resident memory of a fresh process grows at most while it executes `work` after `setup`.
+    """Bytes by which the resident memory of a fresh process grows at most while it executes `work` after `setup`."""
+    return peaks(setup, work).beyond
+
+
+def peaks(setup: str, work: str) -> Peaks:
+    """What a fresh process needs to execute `work` after `setup`.
 
     Both are Python source. `setup` should also do a small run of the work, so that libraries are loaded and warm.
     """
@@ -30,4 +45,5 @@ def peak_bytes(setup: str, work: str) -> int:
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=Path(__file__).parent)
     if run.returncode != 0:
         raise RuntimeError(f"memory probe failed: {run.stderr}")
-    return int(run.stdout.split("peak")[-1])
+    beyond, whole = run.stdout.split("peaks")[-1].split()
+    return Peaks(int(beyond), int(whole))
