@@ -5,8 +5,8 @@ The choice depends only on the op, the tensor's device and its dtype:
     CPU    the C++ kernels ("cpu") for the dtypes they have, else plain PyTorch ("reference")
     CUDA   the Triton kernels ("triton") for the dtypes they have, else plain PyTorch ("reference")
 
-`use_backend` forces another one. A forced backend that can't run is an error that says why; nothing falls back
-silently.
+`use_backend` forces another one, for every op or for those it names. flash-attn ("flash-attn"), where it is installed,
+runs only so. A forced backend that can't run is an error that says why; nothing falls back silently.
 """
 
 import os
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from posttrain import _C
 
-BACKENDS = ("reference", "cpu", "triton", "cuda")
+BACKENDS = ("reference", "cpu", "triton", "cuda", "flash-attn")
 
 _WIDE = (torch.float32, torch.float64)
 _HALF = (torch.bfloat16, torch.float16)
@@ -32,13 +32,14 @@ SUPPORT: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "rope": {"cpu": _WIDE, "triton": _TRITON},
     "swiglu": {"cpu": _WIDE, "triton": _TRITON},
     "geglu": {"cpu": _WIDE, "triton": _TRITON},
-    "packed_attention": {"cpu": (*_WIDE, *_HALF), "triton": _TRITON},
+    "packed_attention": {"cpu": (*_WIDE, *_HALF), "triton": _TRITON, "flash-attn": _HALF},
     "linear_logprob": {"cpu": (*_WIDE, *_HALF), "triton": _TRITON, "cuda": _TRITON},
 }
 
 _HAS_TRITON = find_spec("triton") is not None
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-_forced: str | None = None
+_HAS_FLASH_ATTN = find_spec("flash_attn") is not None
+_forced: dict[str, str] = {}
 
 
 class BackendError(RuntimeError):
@@ -65,11 +66,12 @@ def explain(op: str, tensor: Tensor) -> Choice:
     support = SUPPORT.get(op)
     if support is None:
         raise ValueError(f"unknown op {op!r}; the ops are {', '.join(SUPPORT)}")
-    if _forced is not None:
-        obstacle = _obstacle(op, _forced, tensor.device.type, tensor.dtype)
+    forced = _forced.get(op)
+    if forced is not None:
+        obstacle = _obstacle(op, forced, tensor.device.type, tensor.dtype)
         if obstacle:
-            raise BackendError(f"backend {_forced!r} can't compute {op}: {obstacle}")
-        return Choice(_forced, "forced by use_backend")
+            raise BackendError(f"backend {forced!r} can't compute {op}: {obstacle}")
+        return Choice(forced, "forced by use_backend")
     native = "triton" if tensor.device.type == "cuda" else "cpu"
     obstacle = _obstacle(op, native, tensor.device.type, tensor.dtype)
     if obstacle:
@@ -78,15 +80,19 @@ def explain(op: str, tensor: Tensor) -> Choice:
 
 
 @contextmanager
-def use_backend(name: str) -> Iterator[None]:
-    """Within this context every op of the process uses backend `name`, or raises `BackendError` saying why it can't.
+def use_backend(name: str, *ops: str) -> Iterator[None]:
+    """Within this context the `ops`, or all, use backend `name` or raise `BackendError` saying why they can't.
 
+    For example `with use_backend("flash-attn", "packed_attention"): trainer.train()`. It holds for the whole process.
     The choice is made when an op's forward is called; its backward uses the same backend, wherever it runs.
     """
     if name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}; the backends are {', '.join(BACKENDS)}")
+    unknown = set(ops) - set(SUPPORT)
+    if unknown:
+        raise ValueError(f"unknown op {min(unknown)!r}; the ops are {', '.join(SUPPORT)}")
     global _forced
-    before, _forced = _forced, name
+    before, _forced = _forced, {**_forced, **dict.fromkeys(ops or SUPPORT, name)}
     try:
         yield
     finally:
@@ -104,6 +110,11 @@ def _obstacle(op: str, backend: str, device: str, dtype: torch.dtype) -> str | N
         return f"its {backend} kernel takes {', '.join(map(_name, dtypes))}, not {_name(dtype)}"
     if backend == "cpu" and device != "cpu":
         return f"the tensor is on {device}"
+    if backend == "flash-attn":
+        if not _HAS_FLASH_ATTN:
+            return "flash-attn is not installed (pip install posttrain[flash-attn])"
+        if device != "cuda":
+            return f"the tensor is on {device}"
     if backend == "cuda":
         if not _C.with_cuda():
             return "this build has no CUDA kernels (nvcc was not found when it was built)"

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +21,24 @@ from torch import Tensor
 from posttrain import _C
 
 BLOCK = 32  # tokens that `schedule` describes together
+
+
+class Varlen(NamedTuple):
+    """Prompts with completions as two calls of an attention over sequences of different lengths.
+
+    Attributes:
+        segments: int32 `[S + 1]`, boundaries of the segments: each attends to itself, causally.
+        prompts: int32 `[2, C + 1]`, boundaries of queries and of keys: the completions of a prompt attend to all of it.
+            Sequences without queries or without keys stand for the tokens that have no part in this call. None if
+            nothing is shared.
+        longest: most tokens of a segment, and of the queries and keys of a sequence in `prompts`.
+        tree: most tokens of a prompt and its completions together.
+    """
+
+    segments: Tensor
+    prompts: Tensor | None
+    longest: tuple[int, int, int]
+    tree: int
 
 
 @dataclass(frozen=True, repr=False)
@@ -66,7 +85,7 @@ class PackedLayout:
         visible_until, positions = (torch.empty(tokens, dtype=torch.int32) for _ in range(2))
         starts = np.empty(len(sizes) + 1, np.int64)
         _C.forest_layout(*forest, visible_until.data_ptr(), positions.data_ptr(), starts.ctypes.data)
-        return PackedLayout(visible_until.to(device), positions.to(device), tuple(starts.tolist()))
+        return PackedLayout(visible_until, positions, tuple(starts.tolist())).to(device)
 
     @staticmethod
     def from_position_ids(position_ids: Tensor) -> "PackedLayout":
@@ -85,7 +104,7 @@ class PackedLayout:
         visible_until = torch.empty(len(host), dtype=torch.int32)
         starts = np.empty(len(host) + 1, np.int64)
         segments = _C.sequence_layout(host.data_ptr(), len(host), visible_until.data_ptr(), starts.ctypes.data)
-        return PackedLayout(visible_until.to(ids.device), ids.to(torch.int32), tuple(starts[: segments + 1].tolist()))
+        return PackedLayout(visible_until, host.int(), tuple(starts[: segments + 1].tolist())).to(ids.device)
 
     @property
     def num_tokens(self) -> int:
@@ -93,11 +112,19 @@ class PackedLayout:
         return self.segment_starts[-1]
 
     @cached_property
+    def segment_ends(self) -> tuple[int, ...]:
+        """Where each segment and all that continues it end, on the host.
+
+        Known of a layout that was moved from the CPU, as all are that the functions above make; else this waits for
+        the GPU.
+        """
+        until = self.visible_until.cpu().numpy()
+        return tuple(int(until[start]) if start < end else end for start, end in pairwise(self.segment_starts))
+
+    @property
     def independent(self) -> bool:
-        """Whether every segment is a sequence of its own, seeing only itself. The first look synchronises a GPU."""
-        ends = torch.tensor(self.segment_starts[1:], dtype=torch.int32)
-        lengths = ends.diff(prepend=ends.new_zeros(1))
-        return torch.equal(self.visible_until.cpu(), ends.repeat_interleave(lengths))
+        """Whether every segment is a sequence of its own, seeing only itself."""
+        return self.segment_ends == self.segment_starts[1:]
 
     @cached_property
     def schedule(self) -> Tensor:
@@ -110,9 +137,44 @@ class PackedLayout:
         starts = torch.where(until.cummax(0).values.roll(1) <= index, index, 0) if len(until) else until
         return torch.stack([until.view(-1, BLOCK).amax(1), starts.cummax(0).values[::BLOCK]])
 
+    @cached_property
+    def varlen(self) -> Varlen:
+        """Computed once. Raises `ValueError` for a segment that continues one that continues another."""
+        own, queries, keys = [0], [0], [0]
+        root_until = tree = 0
+        for (start, end), until in zip(pairwise(self.segment_starts), self.segment_ends, strict=True):
+            if start == end:
+                continue
+            if start < root_until and until > end:
+                raise ValueError(
+                    f"PackedLayout: tokens {start} to {end} continue a segment and are continued up to {until}; "
+                    "one shared level can be computed by variable-length attention, not two"
+                )
+            own.append(end)
+            if until > end:
+                queries += [end, end, until]
+                keys += [keys[-1], start, end]
+                tree = max(tree, until - start)
+            root_until = max(root_until, until)
+        queries += [self.num_tokens, self.num_tokens]
+        keys += [keys[-1], self.num_tokens]
+        longest = [max((b - a for a, b in pairwise(bounds)), default=0) for bounds in (own, queries, keys)]
+        device = self.visible_until.device
+        return Varlen(
+            torch.tensor(own, dtype=torch.int32, device=device),
+            torch.tensor([queries, keys], dtype=torch.int32, device=device) if tree else None,
+            (longest[0], longest[1], longest[2]),
+            tree,
+        )
+
     def to(self, device: torch.device | str) -> "PackedLayout":
         """The same layout with its tensors on `device`."""
-        return PackedLayout(self.visible_until.to(device), self.positions.to(device), self.segment_starts)
+        if self.visible_until.device == torch.device(device):
+            return self
+        moved = PackedLayout(self.visible_until.to(device), self.positions.to(device), self.segment_starts)
+        if self.visible_until.is_cpu or "segment_ends" in vars(self):
+            vars(moved)["segment_ends"] = self.segment_ends  # reading it there would wait for the GPU
+        return moved
 
     def draw(self, largest: int = 64) -> str:
         """The mask as text: a line for each query, a column for each key, `#` where it is seen and `.` where not.

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from posttrain import _C
-from posttrain.ops import reference
+from posttrain.ops import packed_flash, reference
 from posttrain.ops.backend import backend_for
 from posttrain.ops.layout import PackedLayout
 from posttrain.ops.library import define
@@ -56,13 +56,16 @@ def packed_attention(
         half precision through float32 copies. A token's output depends, bit for bit, only on what its tree holds.
 
     Raises:
-        ValueError: shapes, dtypes or devices that don't fit, with the numbers.
+        ValueError: shapes, dtypes or devices that don't fit, with the numbers; with the backend "flash-attn" also what
+            `packed_flash` names.
     """
     _check(q, k, v, layout, window, softcap, sinks)
     backend = backend_for("packed_attention", q)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if backend == "reference":
         return reference.packed_attention(q, k, v, layout, scale=scale, window=window, softcap=softcap, sinks=sinks)
+    if backend == "flash-attn":
+        return packed_flash.packed_flash(q, k, v, layout, scale, window, softcap, sinks)
     mask = layout.visible_until, layout.positions, layout.schedule if backend == "triton" else None
     return _packed_attention(q, k, v, *mask, sinks, scale, window or 0, softcap or 0.0, backend)[0]
 
