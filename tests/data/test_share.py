@@ -1,6 +1,7 @@
 """Shared prefixes: each stored once, and packed batches that train exactly as separate copies do."""
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -137,8 +138,9 @@ def shared_prompt_set(vocabulary: int) -> list[Example]:
     return examples
 
 
-def test_losses_and_gradients_are_those_of_copies() -> None:
-    model = tiny("llama").double()
+@pytest.mark.parametrize("family", ["llama", "gemma2"], ids=["full attention", "windows and caps"])
+def test_losses_and_gradients_are_those_of_copies(family: str) -> None:
+    model = tiny(family).double()
     prepare(model)
     examples = shared_prompt_set(VOCABULARY)
     results = []
