@@ -33,8 +33,7 @@ def _flash_attn_varlen_forward(
     """(out, lse `[Hq, total]`, empty, random state); a query without keys has out 0 and lse +inf."""
     assert not dropout_p and alibi_slopes is block_table is leftpad_k is seqused_k is None and not return_softmax
     _refuse(q, k, v, cu_seqlens_q, cu_seqlens_k)
-    if max_seqlen_q == 1 and q.shape[1] > k.shape[1] and window_size_left < 0 and window_size_right < 0:
-        assert len(q) == len(cu_seqlens_q) - 1, "the path for decoding takes one query in each sequence"
+    assert max_seqlen_q > 1, "asks for the path for decoding, where every sequence must have one query"
     out = torch.full(q.shape, torch.nan, dtype=q.dtype)
     lse = torch.full((q.shape[1], len(q)), torch.nan, dtype=torch.promote_types(q.dtype, torch.float32))
     for queries, keys in _sequences(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):

@@ -128,7 +128,7 @@ def test_any_prompts_and_completions(forest, heads, width, softcap, with_sinks, 
     compare(layout, inputs, softcap=softcap)
 
 
-@pytest.mark.parametrize("forest", [([], []), ([1, 1, 1], [-1] * 3), ([1, 1, 2, 1], [-1, 0, -1, 2])], ids=str)
+@pytest.mark.parametrize("forest", [([], []), ([1, 1, 1], [-1] * 3), ([1, 1], [-1, 0])], ids=str)
 def test_no_token_and_single_ones(forest, kind) -> None:
     layout = PackedLayout.from_forest(*forest, device=kind[0])
     compare(layout, operands(layout.num_tokens, kind))
@@ -139,7 +139,7 @@ def test_widths_and_strides(kind) -> None:
     q, k, v = operands(33, kind, width=40)
     compare(layout, [q[..., :20], k[..., :20], v])
     compare(layout, [q[..., ::2], k[..., ::2], v[..., :7]])
-    compare(layout, [x.transpose(0, 1).contiguous().transpose(0, 1) for x in (q, k, v)])
+    compare(layout, [x.transpose(0, 2).contiguous().transpose(0, 2) for x in (q, k, v)])
     leaf = q.detach().requires_grad_()
     expected = torch.autograd.grad(packed_attention(leaf, k, v, layout), leaf, torch.ones_like(q))
     summed = torch.autograd.grad(packed_attention(leaf, k, v, layout).sum(), leaf)  # a gradient without strides
