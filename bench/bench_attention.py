@@ -1,6 +1,7 @@
 """packed_attention against PyTorch: dense, many documents, and a prompt that completions share.
 
-fp32 on the CPU, bfloat16 on a GPU. Every comparison is of the forward alone and of forward and backward.
+fp32 on the CPU, bfloat16 on a GPU. Every comparison is of the forward alone and of forward and backward, and is made
+once outputs and gradients are right. FlexAttention has no backward on a CPU; it is compiled before it is timed.
 """
 
 from collections.abc import Callable
@@ -10,6 +11,7 @@ import torch
 from elementwise import DEVICE, randn
 from interleave import interleave
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
 
@@ -18,7 +20,8 @@ from posttrain.ops.layout import PackedLayout
 
 HEADS, KEY_HEADS, WIDTH = 8, 2, 64
 ROUNDS = 9
-Inputs = tuple[Tensor, Tensor, Tensor]
+Inputs = tuple[Tensor, ...]
+Function = Callable[..., Tensor]
 
 
 def inputs(tokens: int, heads: int = HEADS, key_heads: int = KEY_HEADS, width: int = WIDTH) -> Inputs:
@@ -26,18 +29,63 @@ def inputs(tokens: int, heads: int = HEADS, key_heads: int = KEY_HEADS, width: i
     return tuple(randn(tokens, h, width).requires_grad_() for h in (heads, key_heads, key_heads))
 
 
-def passes(function: Callable[..., Tensor], tensors: Inputs) -> dict[str, Callable[[], object]]:
-    """The forward without a gradient, and forward and backward."""
-    incoming = torch.randn_like(function(*tensors).detach())
+def results(function: Function, tensors: Inputs, incoming: Tensor) -> list[Tensor]:
+    """Output and gradients."""
+    leaves = [x.detach().requires_grad_() for x in tensors]
+    out = function(*leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, incoming.to(out.dtype))]
+
+
+def assert_right(function: Function, peer: Function, tensors: Inputs) -> None:
+    """`function` gives what `peer` gives in float64; in half precision with at most twice the errors of `peer`."""
+    incoming = torch.randn_like(tensors[0])
+    truth = results(peer, tuple(x.double() for x in tensors), incoming)
+    ours = results(function, tensors, incoming)
+    if ours[0].dtype == torch.float32:
+        return torch.testing.assert_close(ours, [x.float() for x in truth])
+    for mine, other, true in zip(ours, results(peer, tensors, incoming), truth, strict=True):
+        rounding = ((true.to(mine.dtype) + 0.3 - 0.3).double() - true).abs().max()
+        assert (mine - true).abs().max() <= 2 * (other - true).abs().max() + 2 * rounding
+
+
+def passes(function: Function, tensors: Inputs) -> dict[str, Callable[[], object]]:
+    """The forward without a gradient and, if the tensors have gradients, forward and backward."""
 
     def forward() -> None:
         with torch.no_grad():
             function(*tensors)
 
-    def both() -> None:
-        torch.autograd.grad(function(*tensors), tensors, incoming)
+    if not tensors[0].requires_grad:
+        return {"forward": forward}
+    incoming = torch.randn_like(function(*tensors).detach())
+    return {
+        "forward": forward,
+        "forward+backward": lambda: torch.autograd.grad(function(*tensors), tensors, incoming),
+    }
 
-    return {"forward": forward, "forward+backward": both}
+
+def compare(
+    publish: Callable[..., None],
+    name: str,
+    title: str,
+    functions: dict[str, tuple[Function, Inputs]],
+    baseline: str,
+    target: float | None,
+    **facts: object,
+) -> None:
+    """Publishes both kinds of pass and holds them to the target."""
+    made = {key: passes(*value) for key, value in functions.items()}
+    for kind in ("forward", "forward+backward"):
+        timed = {key: value[kind] for key, value in made.items() if kind in value}
+        without = {key: "has no backward here" for key in made.keys() - timed.keys()}
+        result = interleave(timed, baseline, rounds=ROUNDS)
+        publish(f"attention-{name}-{kind}", f"{title}, {kind}", result, target=target, **facts, **without)
+        if target is not None and DEVICE == "cpu":
+            assert result.speedup["posttrain"].median >= target
+
+
+def ours(layout: PackedLayout) -> Function:
+    return lambda q, k, v: packed_attention(q, k, v, layout)
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -46,7 +94,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
 
 
-def each_alone(lengths: list[int]) -> Callable[..., Tensor]:
+def each_alone(lengths: list[int]) -> Function:
     """A loop of one call for each document."""
 
     def call(*tensors: Tensor) -> Tensor:
@@ -56,23 +104,33 @@ def each_alone(lengths: list[int]) -> Callable[..., Tensor]:
     return call
 
 
-def padded(lengths: list[int]) -> tuple[Callable[..., Tensor], Callable[[Tensor], Tensor]]:
-    """One call on a padded batch, and what pads. Padding on the right needs no mask: causal queries don't see it."""
-    return sdpa, lambda x: pad_sequence(x.detach().split(lengths), batch_first=True).requires_grad_()
+def padded(tensors: Inputs, lengths: list[int]) -> tuple[Function, Inputs]:
+    """One call on a padded batch. Padding on the right needs no mask: causal queries don't see it."""
+    return sdpa, tuple(pad_sequence(x.detach().split(lengths), batch_first=True).requires_grad_() for x in tensors)
 
 
-def compare(publish, name: str, title: str, functions: dict, baseline: str, target: float | None, **facts) -> None:
-    """`functions` maps names to (function, tensors); publishes both kinds of pass and holds them to the target."""
-    made = {key: passes(*value) for key, value in functions.items()}
-    for kind in ("forward", "forward+backward"):
-        result = interleave({key: value[kind] for key, value in made.items()}, baseline, rounds=ROUNDS)
-        publish(f"attention-{name}-{kind}", f"{title}, {kind}", result, target=target, **facts)
-        if target is not None and DEVICE == "cpu":
-            assert result.speedup["posttrain"].median >= target
+_flex = torch.compile(flex_attention, dynamic=False)
 
 
-def ours(layout: PackedLayout) -> Callable[..., Tensor]:
-    return lambda q, k, v: packed_attention(q, k, v, layout)
+def flex(tensors: Inputs, layout: PackedLayout) -> tuple[Function, Inputs]:
+    """FlexAttention with the layout's mask, compiled."""
+    until = layout.visible_until
+
+    def seen(_batch: Tensor, _head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return (k <= q) & (q < until[k])
+
+    mask = create_block_mask(seen, None, None, layout.num_tokens, layout.num_tokens, device=DEVICE)
+
+    def call(*tensors: Tensor) -> Tensor:
+        q, k, v = (x.transpose(0, 1)[None] for x in tensors)
+        return _flex(q, k, v, block_mask=mask, enable_gqa=True)[0].transpose(0, 1)
+
+    own = tuple(x.detach().requires_grad_(DEVICE == "cuda") for x in tensors)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            call(*own), ours(layout)(*own), **({} if DEVICE == "cpu" else {"atol": 2e-2, "rtol": 0})
+        )
+    return call, own
 
 
 def lengths_between(low: int, high: int, count: int) -> list[int]:
@@ -80,10 +138,12 @@ def lengths_between(low: int, high: int, count: int) -> list[int]:
 
 
 def test_dense(publish) -> None:
-    tensors = inputs(2048)
+    tensors, layout = inputs(2048), PackedLayout.from_lengths([2048], DEVICE)
+    assert_right(ours(layout), each_alone([2048]), tensors)
     functions = {
         "SDPA": (lambda *x: sdpa(*(t[None] for t in x))[0], tensors),
-        "posttrain": (ours(PackedLayout.from_lengths([2048], DEVICE)), tensors),
+        "FlexAttention": flex(tensors, layout),
+        "posttrain": (ours(layout), tensors),
     }
     compare(publish, "dense", "dense causal 2048", functions, "SDPA", target=1.0)
 
@@ -96,12 +156,13 @@ def test_dense(publish) -> None:
     ],
 )
 def test_documents(name, lengths, shape, target, publish) -> None:
-    tensors = inputs(sum(lengths), *shape)
-    function, pad = padded(lengths)
+    tensors, layout = inputs(sum(lengths), *shape), PackedLayout.from_lengths(lengths, DEVICE)
+    assert_right(ours(layout), each_alone(lengths), tensors)
     functions = {
-        "SDPA, padded": (function, tuple(map(pad, tensors))),
+        "SDPA, padded": padded(tensors, lengths),
         "SDPA, one by one": (each_alone(lengths), tensors),
-        "posttrain": (ours(PackedLayout.from_lengths(lengths, DEVICE)), tensors),
+        "FlexAttention": flex(tensors, layout),
+        "posttrain": (ours(layout), tensors),
     }
     title = f"{len(lengths)} documents of {min(lengths)} to {max(lengths)}"
     compare(publish, name, title, functions, "SDPA, padded", target, tokens=sum(lengths))
@@ -109,15 +170,29 @@ def test_documents(name, lengths, shape, target, publish) -> None:
 
 def test_shared_prompt(publish) -> None:
     prompt, group, length = 1024, 8, 64
-    shared = PackedLayout.from_forest([prompt] + [length] * group, [-1] + [0] * group, DEVICE)
+    layout = PackedLayout.from_forest([prompt] + [length] * group, [-1] + [0] * group, DEVICE)
     copies = [prompt + length] * group
-    tensors, copied = inputs(shared.num_tokens), inputs(sum(copies))
+    tensors, copied = inputs(layout.num_tokens), inputs(sum(copies))
+    assert_right(ours(layout), unshared(prompt, group, length), tensors)
     functions = {
         "posttrain, unshared": (ours(PackedLayout.from_lengths(copies, DEVICE)), copied),
         "SDPA, unshared": (each_alone(copies), copied),
-        "posttrain": (ours(shared), tensors),
+        "FlexAttention, shared": flex(tensors, layout),
+        "posttrain": (ours(layout), tensors),
     }
     pairs = prompt**2 / 2 + group * (prompt * length + length**2 / 2)
     theory = group * (prompt + length) ** 2 / 2 / pairs
     title = f"{group} completions of {length} share a prompt of {prompt}"
     compare(publish, "shared", title, functions, "posttrain, unshared", target=4.0, theory=theory)
+
+
+def unshared(prompt: int, group: int, length: int) -> Function:
+    """Each completion with its own copy of the prompt, and of the results each token's once."""
+    starts = range(prompt, prompt + group * length, length)
+    places = torch.tensor([[*range(prompt), *range(start, start + length)] for start in starts], device=DEVICE)
+
+    def call(*tensors: Tensor) -> Tensor:
+        out = sdpa(*(x[places] for x in tensors))
+        return torch.cat([out[0, :prompt], out[:, prompt:].flatten(0, 1)])
+
+    return call

@@ -11,6 +11,10 @@ struct KeyRange {
   int64_t begin, end;
 };
 
+inline KeyRange common(KeyRange a, KeyRange b) {
+  return {a.begin > b.begin ? a.begin : b.begin, a.end < b.end ? a.end : b.end};
+}
+
 // `count` neighbouring queries from `first` on that see the same keys: all of their `ancestors`, and of `own`, which
 // ends with the last of them, each the keys up to itself.
 struct QueryTile {
@@ -20,9 +24,14 @@ struct QueryTile {
   int64_t num_ancestors;
 };
 
-// Tiles begin <= t < end whose queries see no key of other trees, nor the other way round. `pairs` is their work.
-struct Tree {
-  int64_t begin, end, pairs;
+// Rows of a panel, the queries of a tile under the heads of a group, and tokens of a chunk, at most.
+constexpr int64_t kPanelRows = 64;
+constexpr int64_t kChunkTokens = 128;
+
+// Neighbouring tiles begin <= t < end of one tree, whose tokens see no key of other trees, nor the other way round:
+// number `index` of the tree's `count` chunks, which follow each other.
+struct TileChunk {
+  int64_t begin, end, index, count;
 };
 
 // A tensor [tokens, heads, width] whose last dimension is contiguous; strides in elements.
@@ -43,16 +52,16 @@ struct Attention {
   int64_t window;
 };
 
-// Forward results and output gradient in; gradients out, contiguous. grad_k and grad_v must be zero before.
+// Forward results and output gradient in; gradients out, contiguous, added to what is there.
 template <class T>
 struct AttentionGradients {
   const T* out;
-  const T* lse;
+  const double* lse;
   View<const T> grad_out;
   T* grad_q;
   T* grad_k;
   T* grad_v;
-  T* delta;
+  T* delta;  // written
 };
 
 }  // namespace posttrain

@@ -174,10 +174,8 @@ Attention<T> attention(view q, view k, view v, address positions, address sinks,
           width, value_width, scale, softcap, window};
 }
 
-template <class T>
 posttrain::AttentionPlan plan(address visible_until, int64_t tokens, shape s) {
-  const int64_t group = std::get<0>(s) / std::get<1>(s);
-  return posttrain::attention_plan(at<int32_t>(visible_until), tokens, POSTTRAIN_CALL(attention_tile<T>, group));
+  return posttrain::attention_plan(at<int32_t>(visible_until), tokens, std::get<0>(s) / std::get<1>(s));
 }
 
 int64_t attention_workspace(int itemsize, int64_t width, int64_t value_width, bool backward) {
@@ -190,9 +188,9 @@ void attention_forward(int itemsize, view q, view k, view v, address visible_unt
                        int threads) {
   by_size(itemsize, [=](auto t) {
     using T = decltype(t);
-    const auto work = plan<T>(visible_until, tokens, s);
+    const auto work = plan(visible_until, tokens, s);
     POSTTRAIN_CALL(attention_forward<T>, attention<T>(q, k, v, positions, sinks, tokens, s, o), work.tiles.data(),
-                   work.tiles.size(), at<T>(out), at<T>(lse), at<T>(workspace), threads);
+                   work.tiles.size(), at<T>(out), at<double>(lse), at<T>(workspace), threads);
   });
 }
 
@@ -201,11 +199,11 @@ void attention_backward(int itemsize, view q, view k, view v, address visible_un
                         address grad_k, address grad_v, address delta, address workspace, int threads) {
   by_size(itemsize, [=](auto t) {
     using T = decltype(t);
-    const auto work = plan<T>(visible_until, tokens, s);
-    const posttrain::AttentionGradients<T> gradients = {at<T>(out),    at<T>(lse),    tensor<T>(grad_out), at<T>(grad_q),
-                                                        at<T>(grad_k), at<T>(grad_v), at<T>(delta)};
+    const auto work = plan(visible_until, tokens, s);
+    const posttrain::AttentionGradients<T> gradients = {
+        at<T>(out), at<double>(lse), tensor<T>(grad_out), at<T>(grad_q), at<T>(grad_k), at<T>(grad_v), at<T>(delta)};
     POSTTRAIN_CALL(attention_backward<T>, attention<T>(q, k, v, positions, 0, tokens, s, o), work.tiles.data(),
-                   work.trees.data(), work.trees.size(), gradients, at<T>(workspace), threads);
+                   work.chunks.data(), work.chunks.size(), work.most_chunks, gradients, at<T>(workspace), threads);
   });
 }
 

@@ -81,37 +81,52 @@ struct OpenRange {
   int64_t until;
 };
 
+// Appends the tiles from `first` on, one tree, as chunks of as many as fit.
+void append_chunks(AttentionPlan& plan, int64_t first) {
+  const int64_t end = plan.tiles.size();
+  const size_t first_chunk = plan.chunks.size();
+  for (int64_t t = first, tokens = 0; t < end; ++t) {
+    if (t == first || tokens + plan.tiles[t].count > kChunkTokens) {
+      plan.chunks.push_back({t, t, int64_t(plan.chunks.size() - first_chunk), 0});
+      tokens = 0;
+    }
+    tokens += plan.tiles[t].count;
+    plan.chunks.back().end = t + 1;
+  }
+  const int64_t count = plan.chunks.size() - first_chunk;
+  for (size_t c = first_chunk; c < plan.chunks.size(); ++c) plan.chunks[c].count = count;
+  plan.most_chunks = std::max(plan.most_chunks, count);
+}
+
 }  // namespace
 
-AttentionPlan attention_plan(const int32_t* visible_until, int64_t tokens, int64_t tile) {
+AttentionPlan attention_plan(const int32_t* visible_until, int64_t tokens, int64_t group) {
   const std::vector<int64_t> runs = run_starts(visible_until, tokens);
+  const int64_t tile = std::max<int64_t>(kPanelRows / group, 1);
   AttentionPlan plan;
   std::vector<OpenRange> open;  // what the current run's queries see, by key
   std::vector<int64_t> first_range;
+  int64_t tree = 0;  // its first tile
   for (size_t r = 0; r + 1 < runs.size(); ++r) {
     const int64_t start = runs[r], end = runs[r + 1];
     open.erase(std::remove_if(open.begin(), open.end(), [=](const OpenRange& o) { return o.until <= start; }),
                open.end());
-    if (open.empty()) plan.trees.push_back({int64_t(plan.tiles.size()), 0, 0});
+    if (open.empty()) {
+      append_chunks(plan, tree);
+      tree = plan.tiles.size();
+    }
     const bool sees_itself = visible_until[start] > start;
     const int64_t offset = plan.ranges.size();
-    int64_t seen = 0;
-    for (const OpenRange& o : open) {
-      plan.ranges.push_back(o.keys);
-      seen += o.keys.end - o.keys.begin;
-    }
+    for (const OpenRange& o : open) plan.ranges.push_back(o.keys);
     for (int64_t q = start; q < end; q += tile) {
       const int64_t last = std::min(q + tile, end);
-      const KeyRange own = {sees_itself ? start : last, last};
-      plan.tiles.push_back({q, last - q, own, nullptr, int64_t(open.size())});
+      plan.tiles.push_back({q, last - q, {sees_itself ? start : last, last}, nullptr, int64_t(open.size())});
       first_range.push_back(offset);
-      plan.trees.back().pairs += (last - q) * (seen + own.end - own.begin);
     }
-    plan.trees.back().end = plan.tiles.size();
     open.push_back({{start, end}, visible_until[start]});
   }
+  append_chunks(plan, tree);
   for (size_t t = 0; t < plan.tiles.size(); ++t) plan.tiles[t].ancestors = plan.ranges.data() + first_range[t];
-  std::stable_sort(plan.trees.begin(), plan.trees.end(), [](const Tree& a, const Tree& b) { return a.pairs > b.pairs; });
   return plan;
 }
 

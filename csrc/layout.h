@@ -24,10 +24,12 @@ int64_t sequence_layout(const int64_t* positions, int64_t tokens, int32_t* visib
 struct AttentionPlan {
   std::vector<KeyRange> ranges;
   std::vector<QueryTile> tiles;  // by query
-  std::vector<Tree> trees;       // the most work first
+  std::vector<TileChunk> chunks;
+  int64_t most_chunks = 0;  // of a tree
 };
 
-// Tiles of at most `tile` queries for the mask k <= q < visible_until[k], whatever visible_until is.
-AttentionPlan attention_plan(const int32_t* visible_until, int64_t tokens, int64_t tile);
+// Tiles of queries, whose panels hold `group` heads or as many as fit, for the mask k <= q < visible_until[k], whatever
+// visible_until is.
+AttentionPlan attention_plan(const int32_t* visible_until, int64_t tokens, int64_t group);
 
 }  // namespace posttrain

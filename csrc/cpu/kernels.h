@@ -61,20 +61,16 @@ void logprob_grad(const T* tile, int64_t tile_stride, T* grad, int64_t grad_stri
                   const T* logprob, const T* entropy, const T* lse, const T* lse_low, const T* grad_logprob,
                   const T* grad_entropy, const T* grad_lse);
 
-// How many queries a tile may have at most when `group` query heads share a key head.
-template <class T>
-int64_t attention_tile(int64_t group);
-
 // Elements of workspace that each thread needs.
 template <class T>
 int64_t attention_workspace(int64_t width, int64_t value_width, bool backward);
 
-// out [tokens, heads, value_width] and lse [heads, tokens], contiguous.
+// out [tokens, heads, value_width] and lse [heads, tokens], contiguous. `steps`: the most chunks a tree has.
 template <class T>
-void attention_forward(const Attention<T>& f, const QueryTile* tiles, int64_t num_tiles, T* out, T* lse, T* workspace,
-                       int threads);
+void attention_forward(const Attention<T>& f, const QueryTile* tiles, int64_t num_tiles, T* out, double* lse,
+                       T* workspace, int threads);
 template <class T>
-void attention_backward(const Attention<T>& f, const QueryTile* tiles, const Tree* trees, int64_t num_trees,
-                        const AttentionGradients<T>& g, T* workspace, int threads);
+void attention_backward(const Attention<T>& f, const QueryTile* tiles, const TileChunk* chunks, int64_t num_chunks,
+                        int64_t steps, const AttentionGradients<T>& g, T* workspace, int threads);
 
 }  // namespace posttrain::POSTTRAIN_ISA

@@ -11,19 +11,7 @@ namespace posttrain::POSTTRAIN_ISA {
 namespace {
 
 constexpr double kSlack = 16.0;
-constexpr double kUnderflow = -87.0;  // e^x below this counts as 0: denormal numbers would be slow
 const double kInfinity = __builtin_inf();
-
-// e^x, or 0 below kUnderflow, for x up to 88: simd.h's exp without its care for the ends of the range.
-inline Vec<float> exp_or_zero(Vec<float> x) {
-  const ExpParts parts = exp_parts(x);
-  const Vec<float> power = (Vec<float>)((parts.n + 127) << 23);
-  return x < float(kUnderflow) ? splat(0.0f) : parts.fraction * power;
-}
-
-inline Vec<double> exp_or_zero(Vec<double> x) {
-  return x < kUnderflow ? splat(0.0) : exp(x);
-}
 
 // Calls body(offset, lanes) for every vector of a row; lanes < Lanes<T>::n only for the last.
 template <class T, class Body>

@@ -1,14 +1,17 @@
 // Attention over a packed forest of tokens (posttrain/ops/packed_attention.py has the formulas).
 //
-// The lanes of a vector are queries, so the softmax needs no sums across lanes, and K and V are read where they are,
-// one number at a time, each multiplied with a whole vector. A *panel* is up to kRows rows, each a query of a tile
-// under one head of a group that shares keys: rows [heads][queries]. Everything about it lies transposed, [.][kRows].
-//
 // Every product is one micro-kernel: C[c][:] += sum over i of A[c, i] B[i][:] on a block of kBlock c times up to
-// kWide vectors, kept in registers.
+// kWide vectors, kept in registers and added to C at the end, since sums of sums err less. A is read one number at a
+// time, in any layout, and B in whole vectors.
 //
-// The backward walks trees: a task owns all keys and queries of one tree under one key head, so sums have one order
-// whatever the number of threads, without atomics.
+// A *panel* is up to kRows rows, each a query of a tile under one head of a group that shares keys: [heads][queries].
+// Forward, the lanes of a vector of scores are rows, so the softmax needs no sums across lanes. Backward they are
+// keys, and only the keys are transposed, once for all the queries they meet.
+//
+// The backward divides each tree into chunks of tokens. A task is one chunk of queries with one chunk of keys i >= j of
+// a tree of n chunks, under one key head; step t = 0, 1, ..., n - 1 runs those with (i + j) mod n = t, about n / 2, no
+// two of which share queries or keys. So each sum has one order whatever the number of threads, without atomics or
+// copies of the gradients.
 #include <omp.h>
 
 #include "cpu/kernels.h"
@@ -24,10 +27,9 @@ constexpr int kWide = 4;
 constexpr int kWide = 2;
 #endif
 constexpr int kBlock = 6;
-constexpr int kKeys = 96;  // keys at a time
-
-template <class T>
-constexpr int kRows = kWide * Lanes<T>::n;
+constexpr int64_t kRows = kPanelRows;
+constexpr int64_t kKeys = 64;  // at a time
+constexpr double kInfinity = __builtin_inf();
 
 template <class T>
 constexpr int64_t padded(int64_t n) {
@@ -47,7 +49,12 @@ struct Index<double> {
 template <class T>
 using Mask = decltype(Vec<T>{} < Vec<T>{});  // also a vector of Index<T>
 
-constexpr double kInfinity = __builtin_inf();
+template <class T>
+inline Mask<T> load_indices(const typename Index<T>::type* p) {
+  Mask<T> v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
 
 // Numbers A[c, i] at a + c * by_c + i * by_i.
 template <class T>
@@ -59,12 +66,7 @@ struct Scalars {
 template <class T, int C, int R, bool kAdd>
 inline void block(Scalars<T> x, const T* b, int64_t b_stride, T* c, int64_t c_stride, int64_t n, int last) {
   constexpr int n_lanes = Lanes<T>::n;
-  Vec<T> sums[C][R];
-  for (int j = 0; j < C; ++j)
-    for (int r = 0; r < R; ++r) {
-      T* at = c + j * c_stride + r * n_lanes;
-      sums[j][r] = !kAdd ? Vec<T>{} : r == R - 1 && last < n_lanes ? load_part(at, last, T(0)) : load(at);
-    }
+  Vec<T> sums[C][R] = {};
   for (int64_t i = 0; i < n; ++i) {
     Vec<T> rows[R];
     for (int r = 0; r < R; ++r) rows[r] = load(b + i * b_stride + r * n_lanes);
@@ -78,9 +80,9 @@ inline void block(Scalars<T> x, const T* b, int64_t b_stride, T* c, int64_t c_st
     for (int r = 0; r < R; ++r) {
       T* at = c + j * c_stride + r * n_lanes;
       if (r == R - 1 && last < n_lanes)
-        store_part(at, sums[j][r], last);
+        store_part(at, kAdd ? load_part(at, last, T(0)) + sums[j][r] : sums[j][r], last);
       else
-        store(at, sums[j][r]);
+        store(at, kAdd ? load(at) + sums[j][r] : sums[j][r]);
     }
 }
 
@@ -118,31 +120,49 @@ void multiply(Scalars<T> x, const T* b, int64_t b_stride, T* c, int64_t c_stride
   }
 }
 
-// e^x for x <= 0, to 2 ulp; 0 below -87, where numbers get denormal and slow. Like exp, but in half the instructions.
-inline Vec<float> decay(Vec<float> x) {
-  const Vec<float> floor = splat(-87.0f), magic = splat(12582912.0f);
-  const Vec<float> clamped = x < floor ? floor : x;
-  const Vec<float> shifted = clamped * 1.44269504088896341f + magic;
-  const Vec<float> n = shifted - magic;
-  const Vec<float> r = (clamped - n * 0.693359375f) - n * -2.12194440e-4f;
-  Vec<float> p = splat(1.979029912e-4f);
-  p = p * r + 1.394470339e-3f;
-  p = p * r + 8.333497681e-3f;
-  p = p * r + 4.166629538e-2f;
-  p = p * r + 1.666666567e-1f;
-  p = p * r + 0.5f;
-  p = p * r * r + r + 1.0f;
-  const Vec<float> power = (Vec<float>)((VecInt)p + ((VecInt)shifted << 23));
-  return x < floor ? splat(0.0f) : power;
-}
-
-inline Vec<double> decay(Vec<double> x) { return exp(x); }
+// Lines of numbers, `stride` apart, that may be read up to whole vectors.
+template <class T>
+struct Lines {
+  const T* data;
+  int64_t stride;
+};
 
 template <class T>
-inline Mask<T> load_indices(const typename Index<T>::type* p) {
-  Mask<T> v;
-  __builtin_memcpy(&v, p, sizeof v);
-  return v;
+void copy_line(const T* from, int64_t size, T factor, T* to) {
+  for (int64_t d = 0; d < size; ++d) to[d] = from[d] * factor;
+  for (int64_t d = size; d < padded<T>(size); ++d) to[d] = T(0);
+}
+
+// x[keys][head][0, size), where it is if that is whole vectors, else copied.
+template <class T>
+Lines<T> lines(View<const T> x, KeyRange keys, int64_t head, int64_t size, T* copy) {
+  const T* from = x.data + keys.begin * x.token + head * x.head;
+  if (size % Lanes<T>::n == 0) return {from, x.token};
+  const int64_t line = padded<T>(size);
+  for (int64_t k = 0; k < keys.end - keys.begin; ++k) copy_line(from + k * x.token, size, T(1), copy + k * line);
+  return {copy, line};
+}
+
+// v[i][r] = row(r)[i] * factor for r < rows and i < size, at most whole vectors, else 0.
+template <class T, class Row>
+inline void load_turned(Row row, int64_t rows, int64_t size, T factor, Vec<T>* v) {
+  for (int r = 0; r < Lanes<T>::n; ++r)
+    v[r] = r >= rows                ? splat(T(0))
+           : size >= Lanes<T>::n ? load(row(r)) * factor
+                                 : load_part(row(r), int(size), T(0)) * factor;
+  turn<T>(v);
+}
+
+// to[d][0, rows) = row(r)[d] * factor for d < size, with zeros up to whole vectors.
+template <class T, class Row>
+void transpose(Row row, int64_t rows, int64_t size, T factor, T* to, int64_t stride) {
+  constexpr int n = Lanes<T>::n;
+  for (int64_t r = 0; r < rows; r += n)
+    for (int64_t d = 0; d < size; d += n) {
+      Vec<T> v[n];
+      load_turned([&](int64_t i) { return row(r + i) + d; }, rows - r, size - d, factor, v);
+      for (int i = 0; i < n && d + i < size; ++i) store(to + (d + i) * stride + r, v[i]);
+    }
 }
 
 // Up to kRows rows: each of a tile's queries under each of `heads` query heads from `head` on.
@@ -152,25 +172,27 @@ struct Panel {
   const QueryTile& tile;
   int64_t head, heads;
   int64_t key_head;
-  int64_t rows, vectors;
-  typename Index<T>::type query[kRows<T>], position[kRows<T>];
+  int64_t rows;
   int64_t first_position, last_position;
 
   Panel(const Attention<T>& f, const QueryTile& tile, int64_t head, int64_t heads)
-      : f(f), tile(tile), head(head), heads(heads), key_head(head / (f.heads / f.key_heads)) {
-    rows = heads * tile.count;
-    vectors = (rows + Lanes<T>::n - 1) / Lanes<T>::n;
+      : f(f), tile(tile), head(head), heads(heads), key_head(head / (f.heads / f.key_heads)), rows(heads * tile.count) {
     first_position = last_position = f.positions[tile.first];
-    for (int64_t i = 0; i < kRows<T>; ++i) {
-      const int64_t token = tile.first + (i < rows ? i % tile.count : 0);
-      query[i] = token;
-      position[i] = f.positions[token];
-      if (position[i] < first_position) first_position = position[i];
-      if (position[i] > last_position) last_position = position[i];
+    for (int64_t q = tile.first; q < tile.first + tile.count; ++q) {
+      const int64_t position = f.positions[q];
+      first_position = position < first_position ? position : first_position;
+      last_position = position > last_position ? position : last_position;
     }
   }
 
-  int64_t width() const { return vectors * Lanes<T>::n; }
+  // Rows, up to whole vectors.
+  int64_t width() const { return padded<T>(rows); }
+
+  int64_t query(int64_t row) const { return tile.first + row % tile.count; }
+
+  const T* line(View<const T> x, int64_t row) const {
+    return x.data + query(row) * x.token + (head + row / tile.count) * x.head;
+  }
 
   // Calls body(row, token, head) for every row.
   template <class Body>
@@ -179,31 +201,12 @@ struct Panel {
       for (int64_t i = 0; i < tile.count; ++i, ++row) body(row, tile.first + i, head + h);
   }
 
-  // x[token][head][0, size) * factor as to[.][kRows], with zeros in the rows there aren't.
-  void transpose(View<const T> x, int64_t size, T factor, T* to) const {
-    each_row([&](int64_t row, int64_t token, int64_t h) {
-      const T* from = x.data + token * x.token + h * x.head;
-      for (int64_t d = 0; d < size; ++d) to[d * kRows<T> + row] = from[d] * factor;
-    });
-    for (int64_t d = 0; d < size; ++d)
-      for (int64_t row = rows; row < width(); ++row) to[d * kRows<T> + row] = T(0);
-  }
-
-  // The same as to[row][padded size], with zeros in the columns there aren't.
-  void gather(View<const T> x, int64_t size, T factor, T* to) const {
-    each_row([&](int64_t row, int64_t token, int64_t h) {
-      const T* from = x.data + token * x.token + h * x.head;
-      T* line = to + row * padded<T>(size);
-      for (int64_t d = 0; d < size; ++d) line[d] = from[d] * factor;
-      for (int64_t d = size; d < padded<T>(size); ++d) line[d] = T(0);
-    });
-  }
-
-  // Calls body(keys, masked) for every block of at most kKeys keys of which some row sees some; masked if not all all.
+  // Calls body(keys, masked) for every block of at most kKeys of the keys `within` of which some row sees some; masked
+  // if not all see all.
   template <class Body>
-  void each_block(Body body) const {
-    for (int64_t i = 0; i < tile.num_ancestors; ++i) each_block_of(tile.ancestors[i], body);
-    each_block_of(tile.own, body);
+  void each_block(KeyRange within, Body body) const {
+    for (int64_t i = 0; i < tile.num_ancestors; ++i) each_block_of(common(tile.ancestors[i], within), body);
+    each_block_of(common(tile.own, within), body);
   }
 
   template <class Body>
@@ -223,175 +226,272 @@ struct Panel {
       body(keys, masked);
     }
   }
-
-  // Scores of the block, before cap and mask: s[key][kRows] = K Q^T.
-  void scores(KeyRange keys, const T* qt, T* s) const {
-    const T* k = f.k.data + keys.begin * f.k.token + key_head * f.k.head;
-    multiply<T, false>({k, f.k.token, 1}, qt, kRows<T>, s, kRows<T>, keys.end - keys.begin, f.width, width());
-  }
-
-  void mask(KeyRange keys, T* s) const {
-    for (int64_t k = keys.begin; k < keys.end; ++k, s += kRows<T>)
-      for (int64_t r = 0; r < width(); r += Lanes<T>::n) {
-        Mask<T> hidden = load_indices<T>(query + r) < typename Index<T>::type(k);
-        if (f.window > 0)
-          hidden |= load_indices<T>(position + r) - typename Index<T>::type(f.positions[k]) >=
-                    typename Index<T>::type(f.window);
-        store(s + r, hidden ? splat(T(-kInfinity)) : load(s + r));
-      }
-  }
 };
-
-template <class T>
-void cap_scores(T* s, int64_t keys, int64_t width, T cap) {
-  for (int64_t j = 0; j < keys; ++j, s += kRows<T>)
-    for (int64_t r = 0; r < width; r += Lanes<T>::n) store(s + r, tanh(load(s + r) * (1 / cap)) * cap);
-}
-
-// Turns scores into e^(s - m), moves m to the new maximum, and rescales the sums l and out^T [rows of out][kRows].
-template <class T>
-void online_softmax(T* s, int64_t keys, int64_t width, T* m, T* l, T* ot, int64_t value_width) {
-  for (int64_t r = 0; r < width; r += Lanes<T>::n) {
-    Vec<T> top = load(m + r);
-    for (int64_t j = 0; j < keys; ++j) top = max<T>(top, load(s + j * kRows<T> + r));
-    const Vec<T> reference = top > T(-kInfinity) ? top : splat(T(0));
-    const Vec<T> factor = decay(load(m + r) - reference);
-    Vec<T> sums = load(l + r) * factor;
-    for (int64_t j = 0; j < keys; ++j) {
-      T* at = s + j * kRows<T> + r;
-      const Vec<T> p = decay(load(at) - reference);
-      store(at, p);
-      sums += p;
-    }
-    store(m + r, top);
-    store(l + r, sums);
-    if (sum<T>(factor < T(1) ? splat(T(1)) : splat(T(0))) > 0)
-      for (int64_t d = 0; d < value_width; ++d) store(ot + d * kRows<T> + r, load(ot + d * kRows<T> + r) * factor);
-  }
-}
-
-template <class T>
-void forward_panel(const Panel<T>& panel, T* out, T* lse, T* workspace) {
-  const Attention<T>& f = panel.f;
-  T* qt = workspace;
-  T* ot = qt + f.width * kRows<T>;
-  T* s = ot + f.value_width * kRows<T>;
-  T m[kRows<T>], l[kRows<T>];
-  for (int i = 0; i < kRows<T>; ++i) m[i] = T(-kInfinity), l[i] = T(0);
-  for (int64_t i = 0; i < f.value_width * kRows<T>; ++i) ot[i] = T(0);
-  panel.transpose(f.q, f.width, T(f.scale), qt);
-  panel.each_block([&](KeyRange keys, bool masked) {
-    const int64_t count = keys.end - keys.begin;
-    panel.scores(keys, qt, s);
-    if (f.softcap > 0) cap_scores(s, count, panel.width(), T(f.softcap));
-    if (masked) panel.mask(keys, s);
-    online_softmax(s, count, panel.width(), m, l, ot, f.value_width);
-    const T* v = f.v.data + keys.begin * f.v.token + panel.key_head * f.v.head;
-    multiply<T, true>({v, 1, f.v.token}, s, kRows<T>, ot, kRows<T>, f.value_width, count, panel.width());
-  });
-  panel.each_row([&](int64_t row, int64_t token, int64_t head) {
-    T sum = l[row], top = m[row], factor = 1;
-    if (f.sinks && f.sinks[head] > top) {
-      factor = T(__builtin_exp(double(top - f.sinks[head])));
-      top = f.sinks[head];
-    }
-    sum = sum * factor + (f.sinks ? T(__builtin_exp(double(f.sinks[head] - top))) : T(0));
-    const T inverse = sum > 0 ? factor / sum : T(0);
-    T* line = out + (token * f.heads + head) * f.value_width;
-    for (int64_t d = 0; d < f.value_width; ++d) line[d] = ot[d * kRows<T> + row] * inverse;
-    lse[head * f.tokens + token] = sum > 0 ? top + T(__builtin_log(double(sum))) : T(-kInfinity);
-  });
-}
-
-// From scores s and dp = dO V^T: probabilities into s, and gradients of the scores before the cap into dp.
-template <class T>
-void score_gradients(T* s, T* dp, int64_t keys, int64_t width, T cap, const T* lse, const T* delta, const bool masked,
-                     const Panel<T>& panel, KeyRange range) {
-  if (cap > 0) cap_scores(s, keys, width, cap);
-  if (masked) panel.mask(range, s);
-  for (int64_t j = 0; j < keys; ++j, s += kRows<T>, dp += kRows<T>)
-    for (int64_t r = 0; r < width; r += Lanes<T>::n) {
-      const Vec<T> z = load(s + r), p = decay(z - load(lse + r));
-      Vec<T> g = p * (load(dp + r) - load(delta + r));
-      if (cap > 0) g *= p > T(0) ? T(1) - z * z * (1 / (cap * cap)) : splat(T(0));
-      store(s + r, p);
-      store(dp + r, g);
-    }
-}
-
-template <class T>
-void backward_panel(const Panel<T>& panel, const AttentionGradients<T>& g, T* workspace) {
-  const Attention<T>& f = panel.f;
-  const int64_t row_width = padded<T>(f.width), value_row_width = padded<T>(f.value_width);
-  T* qt = workspace;
-  T* got = qt + f.width * kRows<T>;
-  T* dqt = got + f.value_width * kRows<T>;
-  T* s = dqt + f.width * kRows<T>;
-  T* ds = s + kKeys * kRows<T>;
-  T* q = ds + kKeys * kRows<T>;
-  T* go = q + row_width * kRows<T>;
-  T lse[kRows<T>], delta[kRows<T>];
-  for (int i = 0; i < kRows<T>; ++i) lse[i] = T(kInfinity), delta[i] = T(0);
-  panel.each_row([&](int64_t row, int64_t token, int64_t head) {
-    const T* out = g.out + (token * f.heads + head) * f.value_width;
-    const T* grad = g.grad_out.data + token * g.grad_out.token + head * g.grad_out.head;
-    double product = 0;
-    for (int64_t d = 0; d < f.value_width; ++d) product += double(out[d]) * double(grad[d]);
-    g.delta[head * f.tokens + token] = delta[row] = T(product);
-    const T x = g.lse[head * f.tokens + token];
-    lse[row] = x > T(-kInfinity) ? x : T(kInfinity);
-  });
-  panel.transpose(f.q, f.width, T(f.scale), qt);
-  panel.transpose(g.grad_out, f.value_width, T(1), got);
-  panel.gather(f.q, f.width, T(f.scale), q);
-  panel.gather(g.grad_out, f.value_width, T(1), go);
-  for (int64_t i = 0; i < f.width * kRows<T>; ++i) dqt[i] = T(0);
-  panel.each_block([&](KeyRange keys, bool masked) {
-    const int64_t count = keys.end - keys.begin, width = panel.width();
-    const T* k = f.k.data + keys.begin * f.k.token + panel.key_head * f.k.head;
-    const T* v = f.v.data + keys.begin * f.v.token + panel.key_head * f.v.head;
-    T* dk = g.grad_k + (keys.begin * f.key_heads + panel.key_head) * f.width;
-    T* dv = g.grad_v + (keys.begin * f.key_heads + panel.key_head) * f.value_width;
-    panel.scores(keys, qt, s);
-    multiply<T, false>({v, f.v.token, 1}, got, kRows<T>, ds, kRows<T>, count, f.value_width, width);
-    score_gradients(s, ds, count, width, T(f.softcap), lse, delta, masked, panel, keys);
-    multiply<T, true>({k, 1, f.k.token}, ds, kRows<T>, dqt, kRows<T>, f.width, count, width);
-    multiply<T, true>({s, kRows<T>, 1}, go, value_row_width, dv, f.key_heads * f.value_width, count, panel.rows,
-                      f.value_width);
-    multiply<T, true>({ds, kRows<T>, 1}, q, row_width, dk, f.key_heads * f.width, count, panel.rows, f.width);
-  });
-  panel.each_row([&](int64_t row, int64_t token, int64_t head) {
-    T* line = g.grad_q + (token * f.heads + head) * f.width;
-    for (int64_t d = 0; d < f.width; ++d) line[d] = dqt[d * kRows<T> + row] * T(f.scale);
-  });
-}
 
 // Calls body(panel) for the panels of a tile that share a key head.
 template <class T, class Body>
 void each_panel(const Attention<T>& f, const QueryTile& tile, int64_t key_head, Body body) {
   const int64_t group = f.heads / f.key_heads;
-  const int64_t most = kRows<T> / tile.count;
+  const int64_t most = kRows / tile.count;
   for (int64_t h = 0; h < group; h += most)
     body(Panel<T>(f, tile, key_head * group + h, group - h < most ? group - h : most));
+}
+
+// Lines of scores s[count][stride], to be read as vectors [0, width).
+template <class T>
+void cap_scores(T* s, int64_t stride, int64_t count, int64_t width, T cap) {
+  for (int64_t j = 0; j < count; ++j, s += stride)
+    for (int64_t r = 0; r < width; r += Lanes<T>::n) store(s + r, tanh(load(s + r) * (1 / cap)) * cap);
+}
+
+// Hides what rows don't see of s[key][kRows].
+template <class T>
+void mask_keys(const Panel<T>& panel, KeyRange keys, T* s) {
+  typedef typename Index<T>::type I;
+  const Attention<T>& f = panel.f;
+  I query[kRows], position[kRows];
+  for (int64_t row = 0; row < panel.width(); ++row) {
+    query[row] = I(panel.query(row));
+    position[row] = f.positions[query[row]];
+  }
+  for (int64_t k = keys.begin; k < keys.end; ++k, s += kRows)
+    for (int64_t r = 0; r < panel.width(); r += Lanes<T>::n) {
+      Mask<T> hidden = load_indices<T>(query + r) < I(k);
+      if (f.window > 0) hidden |= load_indices<T>(position + r) - I(f.positions[k]) >= I(f.window);
+      store(s + r, hidden ? splat(T(-kInfinity)) : load(s + r));
+    }
+}
+
+// Turns scores s[key][kRows] into e^(s - m), moves m to the new maximum, and rescales the sums l and the rows o.
+template <class T>
+void online_softmax(T* s, int64_t keys, int64_t rows, T* m, T* l, T* o, int64_t line) {
+  constexpr int n = Lanes<T>::n;
+  T factors[kRows];
+  Mask<T> moved = {};
+  for (int64_t r = 0; r < rows; r += n) {
+    Vec<T> tops[4];
+    for (int i = 0; i < 4; ++i) tops[i] = load(m + r);
+    int64_t j = 0;
+    for (; j + 4 <= keys; j += 4)
+      for (int i = 0; i < 4; ++i) tops[i] = max<T>(tops[i], load(s + (j + i) * kRows + r));
+    for (; j < keys; ++j) tops[0] = max<T>(tops[0], load(s + j * kRows + r));
+    const Vec<T> top = max<T>(max<T>(tops[0], tops[1]), max<T>(tops[2], tops[3]));
+    const Vec<T> reference = top > T(-kInfinity) ? top : splat(T(0));
+    const Vec<T> factor = exp_or_zero(load(m + r) - reference);
+    Vec<T> sums = load(l + r) * factor;
+    for (T* at = s + r; at < s + keys * kRows; at += kRows) {
+      const Vec<T> p = exp_or_zero(load(at) - reference);
+      store(at, p);
+      sums += p;
+    }
+    store(m + r, top);
+    store(l + r, sums);
+    store(factors + r, factor);
+    moved |= factor < T(1);
+  }
+  T any[n];
+  store(any, moved ? splat(T(1)) : splat(T(0)));
+  if (max_lane<T>(load(any)) == 0) return;
+  for (int64_t row = 0; row < rows; ++row)
+    if (factors[row] < 1)
+      for (int64_t d = 0; d < line; d += n) store(o + row * line + d, load(o + row * line + d) * factors[row]);
+}
+
+template <class T>
+void forward_panel(const Panel<T>& panel, T* out, double* lse, T* workspace) {
+  const Attention<T>& f = panel.f;
+  const int64_t line = padded<T>(f.value_width);
+  T* qt = workspace;
+  T* s = qt + f.width * kRows;
+  T* o = s + kKeys * kRows;
+  T* values = o + kRows * line;
+  T m[kRows], l[kRows];
+  for (int i = 0; i < kRows; ++i) m[i] = T(-kInfinity), l[i] = T(0);
+  for (int64_t i = 0; i < panel.rows * line; ++i) o[i] = T(0);
+  transpose([&](int64_t row) { return panel.line(f.q, row); }, panel.rows, f.width, T(f.scale), qt, kRows);
+  panel.each_block({0, f.tokens}, [&](KeyRange keys, bool masked) {
+    const int64_t count = keys.end - keys.begin;
+    const T* k = f.k.data + keys.begin * f.k.token + panel.key_head * f.k.head;
+    multiply<T, false>({k, f.k.token, 1}, qt, kRows, s, kRows, count, f.width, panel.width());
+    if (f.softcap > 0) cap_scores(s, kRows, count, panel.width(), T(f.softcap));
+    if (masked) mask_keys(panel, keys, s);
+    online_softmax(s, count, panel.rows, m, l, o, line);
+    const Lines<T> v = lines(f.v, keys, panel.key_head, f.value_width, values);
+    multiply<T, true>({s, 1, kRows}, v.data, v.stride, o, line, panel.rows, count, line);
+  });
+  panel.each_row([&](int64_t row, int64_t token, int64_t head) {
+    double sum = l[row], top = m[row], factor = 1;
+    if (f.sinks && f.sinks[head] > top) {
+      factor = __builtin_exp(top - f.sinks[head]);
+      top = f.sinks[head];
+    }
+    sum = sum * factor + (f.sinks ? __builtin_exp(f.sinks[head] - top) : 0);
+    const T inverse = sum > 0 ? T(factor / sum) : T(0);
+    T* to = out + (token * f.heads + head) * f.value_width;
+    for (int64_t d = 0; d < f.value_width; ++d) to[d] = o[row * line + d] * inverse;
+    lse[head * f.tokens + token] = sum > 0 ? top + __builtin_log(sum) : -kInfinity;
+  });
+}
+
+// delta[head][token] = grad_out . out, added up exactly as the products grad_out . v are: where a query sees one key
+// only, the two are the same number, and the gradient of its score is 0.
+template <class T>
+void output_products(const Attention<T>& f, const AttentionGradients<T>& g, int64_t token) {
+  constexpr int n = Lanes<T>::n;
+  for (int64_t head = 0; head < f.heads; head += n) {
+    const T* out = g.out + (token * f.heads + head) * f.value_width;
+    const T* grad = g.grad_out.data + token * g.grad_out.token + head * g.grad_out.head;
+    const int64_t heads = f.heads - head;
+    Vec<T> sums = {};
+    for (int64_t d = 0; d < f.value_width; d += n) {
+      Vec<T> a[n], b[n];
+      load_turned([&](int64_t h) { return grad + h * g.grad_out.head + d; }, heads, f.value_width - d, T(1), a);
+      load_turned([&](int64_t h) { return out + h * f.value_width + d; }, heads, f.value_width - d, T(1), b);
+      for (int i = 0; i < n; ++i) sums += a[i] * b[i];
+    }
+    for (int64_t h = 0; h < n && h < heads; ++h) g.delta[(head + h) * f.tokens + token] = sums[h];
+  }
+}
+
+// A chunk's keys and values under one head, transposed: kt[width][kChunkTokens], vt likewise; and the keys as they are.
+template <class T>
+struct KeyChunk {
+  KeyRange keys;
+  const T *kt, *vt;
+  Lines<T> k;
+};
+
+template <class T>
+KeyChunk<T> load_chunk(const Attention<T>& f, KeyRange keys, int64_t head, T*& workspace) {
+  T* kt = workspace;
+  T* vt = kt + f.width * kChunkTokens;
+  T* copy = vt + f.value_width * kChunkTokens + Lanes<T>::n;  // the last line of vt is read up to whole vectors
+  workspace = copy + padded<T>(f.width) * kChunkTokens;
+  const int64_t count = keys.end - keys.begin;
+  const T* k = f.k.data + keys.begin * f.k.token + head * f.k.head;
+  const T* v = f.v.data + keys.begin * f.v.token + head * f.v.head;
+  transpose([&](int64_t key) { return k + key * f.k.token; }, count, f.width, T(1), kt, kChunkTokens);
+  transpose([&](int64_t key) { return v + key * f.v.token; }, count, f.value_width, T(1), vt, kChunkTokens);
+  return {keys, kt, vt, lines(f.k, keys, head, f.width, copy)};
+}
+
+// Hides what a panel's rows don't see of s[row][kKeys].
+template <class T>
+void mask_rows(const Panel<T>& panel, KeyRange keys, T* s) {
+  typedef typename Index<T>::type I;
+  const Attention<T>& f = panel.f;
+  const int64_t count = keys.end - keys.begin;
+  I key[kKeys], position[kKeys];
+  for (int64_t j = 0; j < kKeys; ++j) {
+    key[j] = I(keys.begin + j);
+    position[j] = f.positions[keys.begin + (j < count ? j : 0)];
+  }
+  panel.each_row([&](int64_t row, int64_t token, int64_t) {
+    for (int64_t j = 0; j < count; j += Lanes<T>::n) {
+      Mask<T> hidden = load_indices<T>(key + j) > I(token);
+      if (f.window > 0) hidden |= I(f.positions[token]) - load_indices<T>(position + j) >= I(f.window);
+      T* at = s + row * kKeys + j;
+      store(at, hidden ? splat(T(-kInfinity)) : load(at));
+    }
+  });
+}
+
+// What the backward knows of a row: delta, and its log-sum-exp in two parts, so that p is right at large scores too.
+template <class T>
+struct RowStatistics {
+  T lse, lse_low, delta;
+};
+
+// From scores s and dp = dO V^T: probabilities into s, and gradients of the scores before the cap into dp.
+template <class T>
+void score_gradients(T* s, T* dp, int64_t rows, int64_t keys, T cap, const RowStatistics<T>* statistics) {
+  for (int64_t row = 0; row < rows; ++row, s += kKeys, dp += kKeys) {
+    const auto [lse, lse_low, delta] = statistics[row];
+    for (int64_t j = 0; j < keys; j += Lanes<T>::n) {
+      const Vec<T> z = load(s + j), p = exp_or_zero((z - lse) - lse_low);
+      Vec<T> g = p * (load(dp + j) - delta);
+      if (cap > 0) g *= p > T(0) ? T(1) - z * z * (1 / (cap * cap)) : splat(T(0));
+      store(s + j, p);
+      store(dp + j, g);
+    }
+  }
+}
+
+template <class T>
+void backward_panel(const Panel<T>& panel, const KeyChunk<T>& chunk, const AttentionGradients<T>& g, T* workspace) {
+  const Attention<T>& f = panel.f;
+  const int64_t line = padded<T>(f.width), value_line = padded<T>(f.value_width);
+  T* q = workspace;
+  T* go = q + kRows * line;
+  T* dq = go + kRows * value_line;
+  T* s = dq + kRows * line;
+  T* ds = s + kRows * kKeys;
+  RowStatistics<T> statistics[kRows];
+  panel.each_row([&](int64_t row, int64_t token, int64_t head) {
+    const double x = g.lse[head * f.tokens + token];
+    const T lse = x > -kInfinity ? T(x) : T(kInfinity);  // a row that sees nothing has p = 0
+    statistics[row] = {lse, x > -kInfinity ? T(x - lse) : T(0), g.delta[head * f.tokens + token]};
+    copy_line(panel.line(f.q, row), f.width, T(f.scale), q + row * line);
+    copy_line(panel.line(g.grad_out, row), f.value_width, T(1), go + row * value_line);
+  });
+  for (int64_t i = 0; i < panel.rows * line; ++i) dq[i] = T(0);
+  panel.each_block(chunk.keys, [&](KeyRange keys, bool masked) {
+    const int64_t count = keys.end - keys.begin, rows = panel.rows, first = keys.begin - chunk.keys.begin;
+    const T* k = chunk.k.data + first * chunk.k.stride;
+    T* dk = g.grad_k + (keys.begin * f.key_heads + panel.key_head) * f.width;
+    T* dv = g.grad_v + (keys.begin * f.key_heads + panel.key_head) * f.value_width;
+    multiply<T, false>({q, line, 1}, chunk.kt + first, kChunkTokens, s, kKeys, rows, f.width, count);
+    multiply<T, false>({go, value_line, 1}, chunk.vt + first, kChunkTokens, ds, kKeys, rows, f.value_width, count);
+    if (f.softcap > 0) cap_scores(s, kKeys, rows, count, T(f.softcap));
+    if (masked) mask_rows(panel, keys, s);
+    score_gradients(s, ds, rows, count, T(f.softcap), statistics);
+    multiply<T, true>({ds, kKeys, 1}, k, chunk.k.stride, dq, line, rows, count, line);
+    multiply<T, true>({s, 1, kKeys}, go, value_line, dv, f.key_heads * f.value_width, count, rows, f.value_width);
+    multiply<T, true>({ds, 1, kKeys}, q, line, dk, f.key_heads * f.width, count, rows, f.width);
+  });
+  panel.each_row([&](int64_t row, int64_t token, int64_t head) {
+    T* to = g.grad_q + (token * f.heads + head) * f.width;
+    for (int64_t d = 0; d < f.width; ++d) to[d] += dq[row * line + d] * T(f.scale);
+  });
+}
+
+KeyRange tokens_of(const TileChunk& chunk, const QueryTile* tiles) {
+  const QueryTile& last = tiles[chunk.end - 1];
+  return {tiles[chunk.begin].first, last.first + last.count};
+}
+
+bool sees_some(const QueryTile& tile, KeyRange keys) {
+  for (int64_t i = 0; i < tile.num_ancestors; ++i)
+    if (const KeyRange seen = common(tile.ancestors[i], keys); seen.begin < seen.end) return true;
+  const KeyRange seen = common(tile.own, keys);
+  return seen.begin < seen.end;
+}
+
+// Adds the gradients of one chunk of queries and one of keys under one head.
+template <class T>
+void backward_cell(const Attention<T>& f, const QueryTile* tiles, const TileChunk& queries, const TileChunk& keys,
+                   int64_t key_head, const AttentionGradients<T>& g, T* workspace) {
+  const KeyRange range = tokens_of(keys, tiles);
+  KeyChunk<T> chunk = {};
+  for (int64_t t = queries.begin; t < queries.end; ++t) {
+    if (!sees_some(tiles[t], range)) continue;
+    if (chunk.kt == nullptr) chunk = load_chunk(f, range, key_head, workspace);
+    each_panel(f, tiles[t], key_head, [&](const Panel<T>& panel) { backward_panel(panel, chunk, g, workspace); });
+  }
 }
 
 }  // namespace
 
 template <class T>
-int64_t attention_tile(int64_t group) {
-  return group < kRows<T> ? kRows<T> / group : 1;
-}
-
-template <class T>
 int64_t attention_workspace(int64_t width, int64_t value_width, bool backward) {
-  const int64_t forward_size = (width + value_width + kKeys) * kRows<T>;
-  if (!backward) return forward_size;
-  return forward_size + (width + kKeys + padded<T>(width) + padded<T>(value_width)) * kRows<T>;
+  const int64_t line = padded<T>(width), value_line = padded<T>(value_width);
+  if (!backward) return kRows * (width + kKeys + value_line) + kKeys * value_line;
+  return kChunkTokens * (width + value_width + line) + Lanes<T>::n + kRows * (2 * line + value_line + 2 * kKeys);
 }
 
 template <class T>
-void attention_forward(const Attention<T>& f, const QueryTile* tiles, int64_t num_tiles, T* out, T* lse, T* workspace,
-                       int threads) {
+void attention_forward(const Attention<T>& f, const QueryTile* tiles, int64_t num_tiles, T* out, double* lse,
+                       T* workspace, int threads) {
   const int64_t size = attention_workspace<T>(f.width, f.value_width, false), tasks = num_tiles * f.key_heads;
 #pragma omp parallel num_threads(threads)
   {
@@ -404,26 +504,30 @@ void attention_forward(const Attention<T>& f, const QueryTile* tiles, int64_t nu
 }
 
 template <class T>
-void attention_backward(const Attention<T>& f, const QueryTile* tiles, const Tree* trees, int64_t num_trees,
-                        const AttentionGradients<T>& g, T* workspace, int threads) {
-  const int64_t size = attention_workspace<T>(f.width, f.value_width, true), tasks = num_trees * f.key_heads;
+void attention_backward(const Attention<T>& f, const QueryTile* tiles, const TileChunk* chunks, int64_t num_chunks,
+                        int64_t steps, const AttentionGradients<T>& g, T* workspace, int threads) {
+  const int64_t size = attention_workspace<T>(f.width, f.value_width, true), tasks = num_chunks * f.key_heads;
 #pragma omp parallel num_threads(threads)
   {
     T* own = workspace + omp_get_thread_num() * size;
+#pragma omp for schedule(static)
+    for (int64_t token = 0; token < f.tokens; ++token) output_products(f, g, token);
+    for (int64_t step = 0; step < steps; ++step) {
 #pragma omp for schedule(dynamic)
-    for (int64_t i = 0; i < tasks; ++i) {
-      const Tree& tree = trees[i / f.key_heads];
-      for (int64_t t = tree.begin; t < tree.end; ++t)
-        each_panel(f, tiles[t], i % f.key_heads, [&](const Panel<T>& panel) { backward_panel(panel, g, own); });
+      for (int64_t i = 0; i < tasks; ++i) {
+        const TileChunk& queries = chunks[i / f.key_heads];
+        const int64_t keys = (step - queries.index + queries.count) % queries.count;
+        if (step < queries.count && keys <= queries.index)
+          backward_cell(f, tiles, queries, (&queries)[keys - queries.index], i % f.key_heads, g, own);
+      }
     }
   }
 }
 
-#define INSTANTIATE(T)                                                                                        \
-  template int64_t attention_tile<T>(int64_t);                                                                \
-  template int64_t attention_workspace<T>(int64_t, int64_t, bool);                                            \
-  template void attention_forward<T>(const Attention<T>&, const QueryTile*, int64_t, T*, T*, T*, int);        \
-  template void attention_backward<T>(const Attention<T>&, const QueryTile*, const Tree*, int64_t,            \
+#define INSTANTIATE(T)                                                                                           \
+  template int64_t attention_workspace<T>(int64_t, int64_t, bool);                                               \
+  template void attention_forward<T>(const Attention<T>&, const QueryTile*, int64_t, T*, double*, T*, int);      \
+  template void attention_backward<T>(const Attention<T>&, const QueryTile*, const TileChunk*, int64_t, int64_t, \
                                       const AttentionGradients<T>&, T*, int);
 INSTANTIATE(float)
 INSTANTIATE(double)

@@ -66,9 +66,10 @@ inline void stream_end() {
 #endif
 }
 
+// x - 0 is x, so this is one broadcast; x + 0 would have to turn -0 into 0.
 template <class T>
 inline Vec<T> splat(T x) {
-  return Vec<T>{} + x;
+  return x - Vec<T>{};
 }
 
 // The first n < Lanes lanes of p; the others are `fill`.
@@ -105,6 +106,37 @@ inline T max_lane(Vec<T> v) {
   return m;
 }
 
+// Lanes of a, b one after the other, picked by their numbers.
+template <class T, class I>
+inline Vec<T> shuffle(Vec<T> a, Vec<T> b, I lanes) {
+#if defined(__clang__)
+  Vec<T> v;
+  for (int i = 0; i < Lanes<T>::n; ++i) v[i] = lanes[i] < Lanes<T>::n ? a[lanes[i]] : b[lanes[i] - Lanes<T>::n];
+  return v;
+#else
+  return __builtin_shuffle(a, b, lanes);
+#endif
+}
+
+// Transposes the square v. Each of log2(n) rounds interleaves line i with line i + n / 2.
+template <class T>
+inline void turn(Vec<T>* v) {
+  constexpr int n = Lanes<T>::n;
+  decltype(Vec<T>{} < Vec<T>{}) low = {}, high = {};
+  for (int i = 0; i < n; ++i) {
+    low[i] = i / 2 + i % 2 * n;
+    high[i] = low[i] + n / 2;
+  }
+  for (int round = 1; round < n; round *= 2) {
+    Vec<T> next[n];
+    for (int i = 0; i < n / 2; ++i) {
+      next[2 * i] = shuffle<T>(v[i], v[i + n / 2], low);
+      next[2 * i + 1] = shuffle<T>(v[i], v[i + n / 2], high);
+    }
+    for (int i = 0; i < n; ++i) v[i] = next[i];
+  }
+}
+
 // e^x = fraction 2^n: x = n ln2 + r with |r| <= ln2/2, and a polynomial of degree 7 in r (a least-maximum fit, relative
 // error 1e-9).
 struct ExpParts {
@@ -138,9 +170,21 @@ inline Vec<float> exp(Vec<float> x) {
 }
 
 inline Vec<double> exp(Vec<double> x) {
-  Vec<double> y;
+  Vec<double> y = {};
   for (int i = 0; i < Lanes<double>::n; ++i) y[i] = __builtin_exp(x[i]);
   return y;
+}
+
+// e^x for x up to 88, or 0 below -87, where numbers would get denormal and slow: exp without its care for the ends of
+// the range. NaN stays NaN.
+inline Vec<float> exp_or_zero(Vec<float> x) {
+  const ExpParts parts = exp_parts(x);
+  const Vec<float> power = (Vec<float>)((parts.n + 127) << 23);
+  return x < -87.0f ? splat(0.0f) : parts.fraction * power;
+}
+
+inline Vec<double> exp_or_zero(Vec<double> x) {
+  return x < -87.0 ? splat(0.0) : exp(x);
 }
 
 // tanh x to 3 ulp: an odd polynomial near 0, where 1 - 2 / (e^2x + 1) would cancel, and that formula elsewhere.
@@ -157,7 +201,7 @@ inline Vec<float> tanh(Vec<float> x) {
 }
 
 inline Vec<double> tanh(Vec<double> x) {
-  Vec<double> y;
+  Vec<double> y = {};
   for (int i = 0; i < Lanes<double>::n; ++i) y[i] = __builtin_tanh(x[i]);
   return y;
 }

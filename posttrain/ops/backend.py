@@ -76,6 +76,8 @@ def explain(op: str, tensor: Tensor) -> Choice:
     obstacle = _obstacle(op, native, tensor.device.type, tensor.dtype)
     if obstacle:
         return Choice("reference", f"not {native}: {obstacle}")
+    if native == "cpu" and tensor.dtype in _HALF:
+        return Choice(native, f"has cpu kernels for float32, which {_name(tensor.dtype)} is widened to")
     return Choice(native, f"has {tensor.device.type} kernels for {_name(tensor.dtype)}")
 
 

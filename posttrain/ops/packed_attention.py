@@ -119,7 +119,10 @@ def _forward(
     softcap: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """(o, lse `[Hq, T]`); window and softcap are 0 for none, the schedule only Triton's."""
+    """(o, lse `[Hq, T]`); window and softcap are 0 for none, the schedule only Triton's.
+
+    The CPU's lse is float64, so that probabilities keep their digits in the backward however large the scores are.
+    """
     if backend == "triton":
         from posttrain.kernels.packed_attention import packed_attention_forward
 
@@ -128,7 +131,7 @@ def _forward(
 
 
 def _fake(q, k, v, visible_until, positions, schedule, sinks, scale, window, softcap, backend):
-    lse = q.new_empty(q.shape[1], len(q), dtype=torch.promote_types(q.dtype, torch.float32))
+    lse = q.new_empty(q.shape[1], len(q), dtype=torch.float64 if backend == "cpu" else _wide(q.dtype))
     return q.new_empty(len(q), q.shape[1], v.shape[2]), lse
 
 
@@ -176,18 +179,24 @@ def _gradient(
 
 
 def _fake_gradient(grad_out, q, k, v, visible_until, positions, schedule, out, lse, scale, window, softcap, backend):
-    return *(x.new_empty(x.shape) for x in (q, k, v)), torch.empty_like(lse)
+    return *(x.new_empty(x.shape) for x in (q, k, v)), lse.new_empty(lse.shape, dtype=_wide(q.dtype))
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """What is computed in."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _cpu_forward(q, k, v, visible_until, positions, sinks, scale, window, softcap):
-    lse = q.new_empty(q.shape[1], len(q), dtype=torch.promote_types(q.dtype, torch.float32))
-    out = lse.new_empty(len(q), q.shape[1], v.shape[2])
-    views = [_readable(x, lse.dtype) for x in (q, k, v)]
+    dtype = _wide(q.dtype)
+    lse = q.new_empty(q.shape[1], len(q), dtype=torch.float64)
+    out = q.new_empty(len(q), q.shape[1], v.shape[2], dtype=dtype)
+    views = [_readable(x, dtype) for x in (q, k, v)]
     mask = [x.contiguous() for x in (visible_until, positions)]
-    sinks = None if sinks is None else sinks.to(lse.dtype).contiguous()
-    workspace = _workspace(lse, q.shape[2], v.shape[2], backward=False)
+    sinks = None if sinks is None else sinks.to(dtype).contiguous()
+    workspace = _workspace(out, q.shape[2], v.shape[2], backward=False)
     _C.attention_forward(
-        lse.itemsize,
+        out.itemsize,
         *map(_view, views),
         *(x.data_ptr() for x in mask),
         0 if sinks is None else sinks.data_ptr(),
@@ -203,15 +212,15 @@ def _cpu_forward(q, k, v, visible_until, positions, sinks, scale, window, softca
 
 
 def _cpu_backward(grad_out, q, k, v, visible_until, positions, out, lse, scale, window, softcap):
-    views = [_readable(x, lse.dtype) for x in (q, k, v, grad_out)]
+    dtype = _wide(q.dtype)
+    views = [_readable(x, dtype) for x in (q, k, v, grad_out)]
     mask = [x.contiguous() for x in (visible_until, positions)]
-    out = out.to(lse.dtype).contiguous()
-    grad_q = lse.new_empty(q.shape)
-    grad_k, grad_v = lse.new_zeros(k.shape), lse.new_zeros(v.shape)
-    delta = torch.empty_like(lse)
-    workspace = _workspace(lse, q.shape[2], v.shape[2], backward=True)
+    out = out.to(dtype).contiguous()
+    grad_q, grad_k, grad_v = (x.new_zeros(x.shape, dtype=dtype) for x in (q, k, v))
+    delta = lse.new_empty(lse.shape, dtype=dtype)
+    workspace = _workspace(out, q.shape[2], v.shape[2], backward=True)
     _C.attention_backward(
-        lse.itemsize,
+        out.itemsize,
         *map(_view, views[:3]),
         *(x.data_ptr() for x in mask),
         len(q),

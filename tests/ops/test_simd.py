@@ -16,18 +16,19 @@ _FLAGS = {
     "avx2": ["-mavx2", "-mfma"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"],
 }
-# Reads floats, writes exp and tanh of each, one whole vector after the other.
+# Reads floats, writes exp, tanh and exp_or_zero of each, one whole vector after the other.
 _PROGRAM = """
 #include <cstdio>
 #include "cpu/simd.h"
 using namespace posttrain::POSTTRAIN_ISA;
 int main() {
   constexpr int n = Lanes<float>::n;
-  float x[n], y[2 * n];
+  float x[n], y[3 * n];
   while (fread(x, sizeof(float), n, stdin) == n) {
     store(y, exp(load(x)));
     store(y + n, tanh(load(x)));
-    fwrite(y, sizeof(float), 2 * n, stdout);
+    store(y + 2 * n, exp_or_zero(load(x)));
+    fwrite(y, sizeof(float), 3 * n, stdout);
   }
 }
 """
@@ -49,8 +50,8 @@ def isa(request) -> str:
     return request.param
 
 
-def _evaluate(isa: str, folder: Path, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """exp and tanh of `x`, by the functions compiled for `isa`."""
+def _evaluate(isa: str, folder: Path, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """exp, tanh and exp_or_zero of `x`, by the functions compiled for `isa`."""
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("no C++ compiler")
@@ -61,8 +62,8 @@ def _evaluate(isa: str, folder: Path, x: np.ndarray) -> tuple[np.ndarray, np.nda
     subprocess.run([compiler, *options, *define, str(source), "-o", str(program)], check=True)
     output = subprocess.run([program], input=x.tobytes(), capture_output=True, check=True).stdout
     lanes = {"baseline": 4, "avx2": 8, "avx512": 16}[isa]
-    pairs = np.frombuffer(output, np.float32).reshape(-1, 2, lanes)
-    return pairs[:, 0].ravel(), pairs[:, 1].ravel()
+    exp, tanh, exp_or_zero = np.frombuffer(output, np.float32).reshape(-1, 3, lanes).swapaxes(0, 1).reshape(3, -1)
+    return exp, tanh, exp_or_zero
 
 
 def _ulps(result: np.ndarray, truth: np.ndarray) -> float:
@@ -72,17 +73,23 @@ def _ulps(result: np.ndarray, truth: np.ndarray) -> float:
 
 def test_exp_and_tanh_are_accurate(isa, tmp_path) -> None:
     x = np.concatenate([np.linspace(-87.3, 88.7, 1 << 18), np.linspace(-1, 1, 1 << 18)]).astype(np.float32)
+    x[:2] = -87, 88
     small = np.float32(10) ** np.linspace(-37, -1, 1 << 10, dtype=np.float32)
     x = np.concatenate([x, small, -small])
-    exp, tanh = _evaluate(isa, tmp_path, x)
+    exp, tanh, exp_or_zero = _evaluate(isa, tmp_path, x)
     assert _ulps(exp, np.exp(x.astype(np.float64))) <= 2
+    normal = (x >= -87) & (x <= 88)
+    assert _ulps(exp_or_zero[normal], np.exp(x[normal].astype(np.float64))) <= 2
+    assert (exp_or_zero[x < -87] == 0).all()
     assert _ulps(tanh, np.tanh(x.astype(np.float64))) <= 3
 
 
 def test_exp_and_tanh_at_the_ends_of_the_range(isa, tmp_path) -> None:
     infinity, nan = np.inf, np.nan
     x = np.array([-infinity, -1e30, -104, -100, -90, 88.72, 89, 1e30, infinity, nan, 0, -0.0, 9, -9, 1e4, -1e4], "f4")
-    exp, tanh = _evaluate(isa, tmp_path, x)
+    exp, tanh, exp_or_zero = _evaluate(isa, tmp_path, x)
+    assert (exp_or_zero[:5] == 0).all() and np.isnan(exp_or_zero[9])
+    assert (exp_or_zero[[10, 11]] == 1).all() and exp_or_zero[-1] == 0
     with np.errstate(over="ignore"):
         truth = np.exp(x.astype(np.float64)).astype(np.float32)
     # below the smallest normal number the last place is fixed
@@ -96,7 +103,7 @@ def test_ops_are_true_with_every_instruction_set(isa) -> None:
         "import sys, pytest; from posttrain import _C; assert _C.isa() == sys.argv[1], _C.isa(); "
         "sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', '-k', 'agrees', *sys.argv[2:]]))"
     )
-    files = [str(Path(__file__).with_name(f"test_{op}.py")) for op in ("rms_norm", "rope", "glu")]
+    files = [str(Path(__file__).with_name(f"test_{op}.py")) for op in ("rms_norm", "rope", "glu", "packed_attention")]
     environment = {**os.environ, "POSTTRAIN_ISA": isa}
     done = subprocess.run(
         [sys.executable, "-c", code, isa, *files],
