@@ -207,6 +207,29 @@ void attention_backward(int itemsize, view q, view k, view v, address visible_un
   });
 }
 
+// Packed, absmax (or its 8-bit index), nested absmax, nested code and offset (0 without nested statistics); block,
+// nested block.
+using nf4 = std::tuple<address, address, address, address, address, int64_t, int64_t>;
+
+void nf4_dequantize(int itemsize, nf4 w, int64_t first, int64_t count, address out) {
+  by_size(itemsize, [=](auto t) {
+    using T = decltype(t);
+    const auto [packed, absmax, nested, code, offset, block, nested_block] = w;
+    POSTTRAIN_CALL(nf4_dequantize<T>, {at<uint8_t>(packed), at<float>(absmax), at<uint8_t>(absmax), at<float>(nested),
+                   at<float>(code), at<float>(offset), block, nested_block}, first, count, at<T>(out));
+  });
+}
+
+void nf4_matvec(int itemsize, nf4 w, address x, int64_t half, int rows, int64_t width, int64_t height, address y) {
+  by_size(itemsize, [=](auto t) {
+    using T = decltype(t);
+    const auto [packed, absmax, nested, code, offset, block, nested_block] = w;
+    POSTTRAIN_CALL(nf4_matvec<T>, {at<uint8_t>(packed), at<float>(absmax), at<uint8_t>(absmax), at<float>(nested),
+                   at<float>(code), at<float>(offset), block, nested_block}, at<T>(x), half, rows, width, height,
+                   at<T>(y));
+  });
+}
+
 bool with_cuda() {
 #ifdef POSTTRAIN_WITH_CUDA
   return true;
@@ -238,6 +261,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("rope", &rope);
   m.def("glu_forward", &glu_forward);
   m.def("glu_backward", &glu_backward);
+  m.def("nf4_dequantize", &nf4_dequantize);
+  m.def("nf4_matvec", &nf4_matvec);
   m.def("attention_workspace", &attention_workspace);
   m.def("attention_forward", &attention_forward);
   m.def("attention_backward", &attention_backward);

@@ -73,4 +73,22 @@ template <class T>
 void attention_backward(const Attention<T>& f, const QueryTile* tiles, const TileChunk* chunks, int64_t num_chunks,
                         int64_t steps, const AttentionGradients<T>& g, T* workspace, int threads);
 
+// A matrix in 4-bit NormalFloat (posttrain/ops/nf4_weight.py): either absmax, or absmax_index with the nested statistics.
+struct Nf4 {
+  const uint8_t* packed;
+  const float* absmax;
+  const uint8_t* absmax_index;
+  const float *nested_absmax, *nested_code, *offset;
+  int64_t block, nested_block;
+};
+
+// Elements [first, first + count) of the matrix.
+template <class T>
+void nf4_dequantize(const Nf4& w, int64_t first, int64_t count, T* out);
+
+// y [rows, height] = x W^T for W [height, width]; x holds the even elements of row 0, its odd elements, those of row 1
+// and so on, each part `half` elements long.
+template <class T>
+void nf4_matvec(const Nf4& w, const T* x, int64_t half, int rows, int64_t width, int64_t height, T* y);
+
 }  // namespace posttrain::POSTTRAIN_ISA

@@ -33,6 +33,11 @@ SUPPORT: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "swiglu": {"cpu": _WIDE, "triton": _TRITON},
     "geglu": {"cpu": _WIDE, "triton": _TRITON},
     "packed_attention": {"cpu": (*_WIDE, *_HALF), "triton": _TRITON, "flash-attn": _HALF},
+    "nf4_dequantize": {"cpu": (*_WIDE, *_HALF)},
+    "nf4_linear": {"cpu": (*_WIDE, *_HALF)},
+    "lora_linear": {"cpu": (*_WIDE, *_HALF)},
+    "lora_qkv": {"cpu": (*_WIDE, *_HALF)},
+    "lora_mlp": {"cpu": (*_WIDE, *_HALF)},
     "linear_logprob": {"cpu": (*_WIDE, *_HALF), "triton": _TRITON, "cuda": _TRITON},
 }
 

@@ -4,10 +4,17 @@ Written to be read, not to be fast. All functions take any floating dtype, are d
 in the precision of their inputs, but at least float32.
 """
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from posttrain.ops.layout import PackedLayout
+from posttrain.ops.nf4_weight import NF4Weight, code_table
+
+if TYPE_CHECKING:
+    from posttrain.ops.lora_layer import LoraLayer
 
 
 def rms_norm(
@@ -110,3 +117,99 @@ def packed_attention(
         scores = torch.cat([scores, column], -1)
     weights = scores.softmax(-1)[..., : len(k)]
     return torch.einsum("hqk,khd->qhd", weights, values).to(q.dtype)
+
+
+def nf4_dequantize(weight: NF4Weight, dtype: torch.dtype) -> Tensor:
+    """`posttrain.ops.nf4_dequantize`."""
+    nested = weight.nested
+    absmax = weight.absmax
+    if nested is not None:
+        own = torch.arange(len(absmax), device=absmax.device) // nested.blocksize
+        absmax = nested.code[absmax.long()] * nested.absmax[own] + nested.offset
+    bytes_ = weight.packed.flatten()
+    index = torch.stack([bytes_ >> 4, bytes_ & 15], -1).flatten()[: weight.shape[0] * weight.shape[1]]
+    wide = torch.promote_types(dtype, torch.float32)
+    own = torch.arange(len(index), device=index.device) // weight.blocksize
+    values = code_table(index.device).to(wide)[index.long()] * absmax.to(wide)[own]
+    return values.view(weight.shape).to(dtype)
+
+
+def nf4_linear(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tensor:
+    """`posttrain.ops.nf4_linear`."""
+    wide = _wide(x)
+    y = wide @ nf4_dequantize(weight, x.dtype).to(wide.dtype).T
+    return (y if bias is None else y + bias.to(wide.dtype)).to(x.dtype)
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor | NF4Weight,
+    lora_a: Tensor | None = None,
+    lora_b: Tensor | None = None,
+    scaling: float | Sequence[float] = 1.0,
+    bias: Tensor | None = None,
+    *,
+    adapter: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: int = 0,
+) -> Tensor:
+    """`posttrain.ops.lora_linear`."""
+    wide = _wide(x)
+    dense = nf4_dequantize(weight, x.dtype) if isinstance(weight, NF4Weight) else weight
+    y = wide @ dense.to(wide.dtype).T
+    y = y if bias is None else y + bias.to(wide.dtype)
+    if lora_a is None or lora_b is None:
+        return y.to(x.dtype)
+    kept = wide if dropout == 0 else wide.masked_fill(dropped(x, dropout, seed), 0) / (1 - dropout)
+    one = adapter is None
+    factors = [scaling] * (1 if one else len(lora_a)) if isinstance(scaling, int | float) else scaling
+    pairs = zip(lora_a[None] if one else lora_a, lora_b[None] if one else lora_b, factors, strict=True)
+    for index, (a, b, factor) in enumerate(pairs):
+        delta = factor * (kept @ a.to(wide.dtype).T) @ b.to(wide.dtype).T
+        y = y + (delta if adapter is None else delta.masked_fill((adapter != index)[..., None], 0))
+    return y.to(x.dtype)
+
+
+def dropped(x: Tensor, share: float, seed: int) -> Tensor:
+    """Which elements of `x` dropout takes out: bool, the same for the same shape, device and seed."""
+    generator = torch.Generator(x.device).manual_seed(seed)
+    return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(share, generator=generator)
+
+
+def lora_qkv(
+    x: Tensor,
+    q: "LoraLayer",
+    k: "LoraLayer",
+    v: "LoraLayer",
+    *,
+    adapter: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`posttrain.ops.lora_qkv`."""
+    return (
+        lora_linear(x, *q, adapter=adapter, dropout=dropout, seed=seed),
+        lora_linear(x, *k, adapter=adapter, dropout=dropout, seed=seed + 1),
+        lora_linear(x, *v, adapter=adapter, dropout=dropout, seed=seed + 2),
+    )
+
+
+def lora_mlp(
+    x: Tensor,
+    gate: "LoraLayer",
+    up: "LoraLayer",
+    down: "LoraLayer",
+    activation: str = "silu",
+    *,
+    adapter: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: int = 0,
+) -> Tensor:
+    """`posttrain.ops.lora_mlp`."""
+    left = lora_linear(x, *gate, adapter=adapter, dropout=dropout, seed=seed)
+    right = lora_linear(x, *up, adapter=adapter, dropout=dropout, seed=seed + 1)
+    if activation == "silu":
+        hidden = swiglu(left, right)
+    else:
+        hidden = geglu(left, right, "tanh" if activation == "gelu_tanh" else "none")
+    return lora_linear(hidden, *down, adapter=adapter, dropout=dropout, seed=seed + 2)

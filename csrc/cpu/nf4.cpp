@@ -1,0 +1,212 @@
+// NF4 matrices in the layout of bitsandbytes (posttrain/ops/nf4_weight.py describes it): dequantisation, and the product
+// with a few rows.
+//
+// Weights are W_i = absmax * code[q_i] with q in the halves of a byte, the even element in the high one. The product
+// keeps x in two parts, its even and its odd elements, so that the two halves of 4 (8, 16) bytes meet consecutive
+// elements and no weight has to change its lane. The code times a block's absmax is made once a block and looked up by
+// one permutation.
+#include "cpu/kernels.h"
+#include "cpu/simd.h"
+
+#if defined(__AVX2__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+namespace posttrain::POSTTRAIN_ISA {
+
+namespace {
+
+alignas(64) constexpr float kCode[16] = {
+    -1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f,
+    -0.18477343022823334f, -0.09105003625154495f, 0.0f, 0.07958029955625534f, 0.16093020141124725f,
+    0.24611230194568634f, 0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f};
+
+constexpr int kLanes = Lanes<float>::n;
+
+// The absmax of a block; through nested statistics with two roundings, as bitsandbytes has it: volatile keeps the
+// compiler from joining product and sum.
+inline float absmax_of(const Nf4& w, int64_t block) {
+  if (w.nested_absmax == nullptr) return w.absmax[block];
+  volatile float product = w.nested_code[w.absmax_index[block]] * w.nested_absmax[block / w.nested_block];
+  return product + *w.offset;
+}
+
+inline int nibble(const uint8_t* packed, int64_t i) {
+  return i % 2 ? packed[i / 2] & 15 : packed[i / 2] >> 4;
+}
+
+// The 16 values of a block, absmax * code.
+struct Table {
+  alignas(64) float value[16];
+#if defined(__AVX512F__)
+  __m512 all;
+  explicit Table(float absmax) : all(_mm512_mul_ps(_mm512_load_ps(kCode), _mm512_set1_ps(absmax))) {
+    _mm512_store_ps(value, all);
+  }
+  // By the low 4 bits of each lane. (The unmasked forms make GCC 12 warn of its own header.)
+  Vec<float> operator()(VecInt q) const {
+    return (Vec<float>)_mm512_maskz_permutexvar_ps(__mmask16(-1), (__m512i)q, all);
+  }
+#elif defined(__AVX2__)
+  __m256 low, high;
+  explicit Table(float absmax)
+      : low(_mm256_mul_ps(_mm256_load_ps(kCode), _mm256_set1_ps(absmax))),
+        high(_mm256_mul_ps(_mm256_load_ps(kCode + 8), _mm256_set1_ps(absmax))) {
+    _mm256_store_ps(value, low);
+    _mm256_store_ps(value + 8, high);
+  }
+  Vec<float> operator()(VecInt q) const {
+    const __m256i index = (__m256i)q;
+    const __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));
+    return (Vec<float>)_mm256_blendv_ps(_mm256_permutevar8x32_ps(low, index), _mm256_permutevar8x32_ps(high, index),
+                                        upper);
+  }
+#else
+  explicit Table(float absmax) {
+    for (int i = 0; i < 16; ++i) value[i] = kCode[i] * absmax;
+  }
+  Vec<float> operator()(VecInt q) const {
+    Vec<float> v;
+    for (int i = 0; i < kLanes; ++i) v[i] = value[q[i] & 15];
+    return v;
+  }
+#endif
+};
+
+// Integers to lanes. (GCC 12 takes __builtin_convertvector apart into single bytes.)
+inline VecInt widened(const uint8_t* p) {
+#if defined(__AVX512F__)
+  return (VecInt)_mm512_maskz_cvtepu8_epi32(__mmask16(-1), _mm_loadu_si128((const __m128i*)p));
+#elif defined(__AVX2__)
+  return (VecInt)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
+#else
+  VecInt v;
+  for (int i = 0; i < kLanes; ++i) v[i] = p[i];
+  return v;
+#endif
+}
+
+// The next kLanes elements, in order, from kLanes / 2 bytes.
+inline VecInt nibbles_at(const uint8_t* p) {
+  uint8_t bytes[kLanes];
+  for (int i = 0; i < kLanes / 2; ++i) {
+    bytes[2 * i] = p[i] >> 4;
+    bytes[2 * i + 1] = p[i] & 15;
+  }
+  return widened(bytes);
+}
+
+// Elements [i, end) of one block.
+void dequantize_run(const uint8_t* packed, float absmax, int64_t i, int64_t end, float* out) {
+  const Table table(absmax);
+  if (i % 2 && i < end) *out++ = table.value[nibble(packed, i++)];
+  for (; i + kLanes <= end; i += kLanes, out += kLanes) store(out, table(nibbles_at(packed + i / 2)));
+  for (; i < end; ++i) *out++ = table.value[nibble(packed, i)];
+}
+
+void dequantize_run(const uint8_t* packed, float absmax, int64_t i, int64_t end, double* out) {
+  for (; i < end; ++i) *out++ = double(kCode[nibble(packed, i)]) * absmax;
+}
+
+// x [rows, width], its even and odd elements apart: part p of row r begins at data + (2 r + p) * half.
+template <class T>
+struct Split {
+  const T* data;
+  int64_t half;
+  // Where element k of row 0 lies; those of row r lie 2 r * half further, element k + 2 one further.
+  const T* at(int64_t k) const { return data + (k & 1) * half + (k >> 1); }
+};
+
+// sums[r] += row r of x . W over `count` elements of one block; the first is element i of W and k of the row.
+template <int kRows>
+inline void dot_run(const uint8_t* packed, const Table& table, int64_t i, int64_t k, int64_t count, Split<float> x,
+                    Vec<float> (&sums)[kRows][2], float (&rest)[kRows]) {
+  const int64_t stride = 2 * x.half;
+  const auto add_one = [&] {
+    const float w = table.value[nibble(packed, i)];
+    for (int r = 0; r < kRows; ++r) rest[r] += w * x.at(k)[r * stride];
+    ++i, ++k, --count;
+  };
+  if (i % 2 && count > 0) add_one();
+  const uint8_t* bytes = packed + i / 2;
+  const float *for_high = x.at(k), *for_low = x.at(k + 1);
+  for (; count >= 2 * kLanes; count -= 2 * kLanes, i += 2 * kLanes, k += 2 * kLanes) {
+    const VecInt q = widened(bytes);
+    const Vec<float> high = table(q >> 4), low = table(q & 15);
+    for (int r = 0; r < kRows; ++r) {
+      sums[r][0] += high * load(for_high + r * stride);
+      sums[r][1] += low * load(for_low + r * stride);
+    }
+    bytes += kLanes, for_high += kLanes, for_low += kLanes;
+  }
+  while (count > 0) add_one();
+}
+
+// y[r, n] = row r of x . W[n].
+template <int kRows>
+void dot_row(const Nf4& w, int64_t n, int64_t width, int64_t height, Split<float> x, float* y) {
+  Vec<float> sums[kRows][2];
+  float rest[kRows];
+  for (int r = 0; r < kRows; ++r) sums[r][0] = sums[r][1] = splat(0.0f), rest[r] = 0;
+  const int64_t first = n * width;
+  int64_t block = first / w.block, left = (block + 1) * w.block - first;
+  for (int64_t k = 0; k < width; ++block, left = w.block) {
+    const int64_t count = left < width - k ? left : width - k;
+    dot_run(w.packed, Table(absmax_of(w, block)), first + k, k, count, x, sums, rest);
+    k += count;
+  }
+  for (int r = 0; r < kRows; ++r) y[r * height + n] = sum<float>(sums[r][0] + sums[r][1]) + rest[r];
+}
+
+constexpr int kGroup = kVectorBytes == 64 ? 8 : 4;  // rows of x whose sums fit in registers
+
+template <int kRows, class T>
+void dot_group(const Nf4& w, int64_t n, int64_t width, int64_t height, Split<T>& x, int& rows, T*& y) {
+  for (; rows >= kRows; rows -= kRows, x.data += 2 * x.half * kRows, y += height * kRows)
+    dot_row<kRows>(w, n, width, height, x, y);
+}
+
+void dot_rows(const Nf4& w, int64_t n, int64_t width, int64_t height, Split<float> x, int rows, float* y) {
+  dot_group<kGroup>(w, n, width, height, x, rows, y);
+  dot_group<2>(w, n, width, height, x, rows, y);
+  dot_group<1>(w, n, width, height, x, rows, y);
+}
+
+void dot_rows(const Nf4& w, int64_t n, int64_t width, int64_t height, Split<double> x, int rows, double* y) {
+  for (int r = 0; r < rows; ++r) {
+    double total = 0;
+    for (int64_t k = 0; k < width; ++k) {
+      const int64_t i = n * width + k;
+      total += double(kCode[nibble(w.packed, i)]) * absmax_of(w, i / w.block) * x.at(k)[2 * x.half * r];
+    }
+    y[r * height + n] = total;
+  }
+}
+
+}  // namespace
+
+template <class T>
+void nf4_dequantize(const Nf4& w, int64_t first, int64_t count, T* out) {
+  if (count <= 0) return;
+  const int64_t end = first + count, blocks = (end - 1) / w.block + 1;
+#pragma omp parallel for schedule(static) if (count > 32768)
+  for (int64_t block = first / w.block; block < blocks; ++block) {
+    const int64_t start = block * w.block > first ? block * w.block : first;
+    const int64_t stop = (block + 1) * w.block < end ? (block + 1) * w.block : end;
+    dequantize_run(w.packed, absmax_of(w, block), start, stop, out + (start - first));
+  }
+}
+
+template <class T>
+void nf4_matvec(const Nf4& w, const T* x, int64_t half, int rows, int64_t width, int64_t height, T* y) {
+#pragma omp parallel for schedule(static) if (width * height > 32768)
+  for (int64_t n = 0; n < height; ++n) dot_rows(w, n, width, height, Split<T>{x, half}, rows, y);
+}
+
+#define INSTANTIATE(T)                                                     \
+  template void nf4_dequantize<T>(const Nf4&, int64_t, int64_t, T*);       \
+  template void nf4_matvec<T>(const Nf4&, const T*, int64_t, int, int64_t, int64_t, T*);
+INSTANTIATE(float)
+INSTANTIATE(double)
+
+}  // namespace posttrain::POSTTRAIN_ISA

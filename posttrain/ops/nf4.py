@@ -1,0 +1,246 @@
+"""Linear layers whose weight is kept in NF4 (posttrain/ops/nf4_weight.py describes the format).
+
+    y = x W^T + b        dx = dy W        db = sum over rows of dy
+
+W is frozen: it has no gradient. Up to 16 rows of x multiply the 4-bit weights directly. For more, W is dequantised slab
+by slab of its rows, and each slab goes into a library GEMM: a whole W is never in memory.
+
+Saved for the backward: nothing but W itself.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from posttrain import _C
+from posttrain.ops import reference
+from posttrain.ops.backend import backend_for
+from posttrain.ops.library import define
+from posttrain.ops.nf4_weight import NF4Weight
+
+MATVEC_ROWS = 16
+_SLAB = 1 << 20  # elements that are dequantised at a time
+
+
+class Parts(NamedTuple):
+    """An NF4 matrix `[height, width]` as registered ops take it."""
+
+    packed: Tensor
+    absmax: Tensor
+    nested_absmax: Tensor | None
+    nested_code: Tensor | None
+    offset: Tensor | None
+    height: int
+    width: int
+    block: int
+    nested_block: int
+
+    @staticmethod
+    def of(weight: NF4Weight) -> "Parts":
+        """The parts of `weight`."""
+        shape, block, nested = weight.shape, weight.blocksize, weight.nested
+        if nested is None:
+            return Parts(weight.packed, weight.absmax, None, None, None, *shape, block, 0)
+        inner = nested.absmax, nested.code, nested.offset
+        return Parts(weight.packed, weight.absmax, *inner, *shape, block, nested.blocksize)
+
+
+PARTS = (
+    "Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_code, Tensor? offset, SymInt height, "
+    "SymInt width, SymInt block, SymInt nested_block"
+)
+
+
+def nf4_dequantize(weight: NF4Weight, dtype: torch.dtype | None = None) -> Tensor:
+    """The matrix `[N, K]` in full, in `dtype`, by default that of the matrix that was quantised.
+
+    Equal to bitsandbytes' result bit for bit: products in float32, rounded once to a half precision.
+    """
+    dtype = weight.dtype if dtype is None else dtype
+    if not dtype.is_floating_point:
+        raise ValueError(f"nf4_dequantize: dtype must be floating, got {dtype}")
+    backend = backend_for("nf4_dequantize", weight.packed.new_empty(0, dtype=dtype))
+    if backend == "reference":
+        return reference.nf4_dequantize(weight, dtype)
+    return _nf4_dequantize(*Parts.of(weight), dtype, backend)
+
+
+def nf4_linear(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tensor:
+    """`x W^T + bias`.
+
+    Args:
+        x: `[..., K]`, floating.
+        weight: `[N, K]`, frozen.
+        bias: `[N]`, dtype of `x`, or None.
+
+    Returns:
+        `[..., N]`, in the dtype of `x`, differentiable with respect to `x` and `bias`. Up to 16 rows are computed in
+        float32 (float64 for float64), and each gives the same bits alone as beside others.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that don't fit, with the numbers.
+    """
+    height, width = weight.shape
+    if x.ndim == 0 or x.shape[-1] != width or not x.is_floating_point():
+        raise ValueError(f"nf4_linear: x must be floating [..., {width}] for W {[height, width]}; got {_described(x)}")
+    if x.device != weight.packed.device:
+        raise ValueError(f"nf4_linear: x is on {x.device}, the weight on {weight.packed.device}")
+    if bias is not None and (bias.shape != (height,) or bias.dtype != x.dtype or bias.device != x.device):
+        raise ValueError(
+            f"nf4_linear: bias must be [{height}] {x.dtype} on {x.device}; got {_described(bias)} on {bias.device}"
+        )
+    backend = backend_for("nf4_linear", x)
+    if backend == "reference":
+        return reference.nf4_linear(x, weight, bias)
+    return _nf4_linear(x, bias, *Parts.of(weight), backend)
+
+
+def slabs(weight: Parts, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Runs of the rows of `weight`, dequantised one after the other into the same memory."""
+    rows = max(1, _SLAB // max(weight.width, 1))
+    buffer = weight.packed.new_empty(min(rows, weight.height), weight.width, dtype=dtype)
+    for start in range(0, weight.height, rows):
+        run = slice(start, min(start + rows, weight.height))
+        slab = buffer[: run.stop - run.start]
+        dequantize_rows(weight, run, slab)
+        yield run, slab
+
+
+def dequantize_rows(weight: Parts, rows: slice, out: Tensor) -> None:
+    """Write rows `rows` of the matrix to `out`, contiguous."""
+    wide = out if out.dtype in (torch.float32, torch.float64) else torch.empty_like(out, dtype=torch.float32)
+    first, count = rows.start * weight.width, (rows.stop - rows.start) * weight.width
+    _C.nf4_dequantize(wide.itemsize, _addresses(weight), first, count, wide.data_ptr())
+    if wide is not out:
+        out.copy_(wide)
+
+
+def matvec(x: Tensor, weight: Parts) -> Tensor:
+    """`x W^T` for a few rows `[rows, K]`, float32 or float64."""
+    half = (weight.width + 1) // 2
+    parts = x.new_zeros(len(x), 2, half)  # the even elements of a row, then its odd ones
+    parts[:, 0] = x[:, ::2]
+    parts[:, 1, : weight.width // 2] = x[:, 1::2]
+    y = x.new_empty(len(x), weight.height)
+    address = parts.data_ptr(), half, len(x), weight.width, weight.height, y.data_ptr()
+    _C.nf4_matvec(x.itemsize, _addresses(weight), *address)
+    return y
+
+
+def add_product(y: Tensor, x: Tensor, weight: Parts) -> None:
+    """`y += x W^T`, in place, for `x` `[rows, K]`."""
+    if len(x) <= MATVEC_ROWS:
+        y += matvec(x.to(torch.promote_types(x.dtype, torch.float32)), weight)
+        return
+    for rows, slab in slabs(weight, x.dtype):
+        y[:, rows].addmm_(x, slab.T)
+
+
+def add_transposed_product(grad_x: Tensor, grad_y: Tensor, weight: Parts) -> None:
+    """`grad_x += grad_y W`, in place, for `grad_y` `[rows, N]`."""
+    for rows, slab in slabs(weight, grad_y.dtype):
+        grad_x.addmm_(grad_y[:, rows], slab)
+
+
+def _addresses(weight: Parts) -> tuple[int, ...]:
+    tensors = (0 if x is None else x.data_ptr() for x in weight[:5])
+    return *tensors, weight.block, weight.nested_block
+
+
+def _dequantize(*arguments) -> Tensor:
+    *parts, dtype, _ = arguments
+    weight = _contiguous(Parts(*parts))
+    out = weight.packed.new_empty(weight.height, weight.width, dtype=dtype)
+    if out.dtype in (torch.float32, torch.float64):
+        dequantize_rows(weight, slice(0, weight.height), out)
+    else:
+        for rows, slab in slabs(weight, torch.float32):
+            out[rows] = slab
+    return out
+
+
+def _fake_dequantize(*arguments):
+    *parts, dtype, _ = arguments
+    weight = Parts(*parts)
+    return weight.packed.new_empty(weight.height, weight.width, dtype=dtype)
+
+
+def _forward(x: Tensor, bias: Tensor | None, *arguments) -> Tensor:
+    *parts, _ = arguments
+    weight = _contiguous(Parts(*parts))
+    rows = x.reshape(x.shape[:-1].numel(), weight.width)
+    with torch.autocast(x.device.type, enabled=False):
+        if len(rows) <= MATVEC_ROWS:
+            y = matvec(rows.to(torch.promote_types(x.dtype, torch.float32)), weight)
+            y = (y if bias is None else y + bias).to(x.dtype)
+        else:
+            y = rows.new_zeros(len(rows), weight.height) if bias is None else bias.repeat(len(rows), 1)
+            add_product(y, rows, weight)
+    return y.view(*x.shape[:-1], weight.height)
+
+
+def _fake(x, bias, *arguments):
+    *parts, _ = arguments
+    return x.new_empty(*x.shape[:-1], Parts(*parts).height)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    _, _, *parts, ctx.backend = inputs
+    ctx.numbers = parts[5:]
+    ctx.save_for_backward(*parts[:5])
+
+
+def _backward(ctx, grad_y):
+    needs_x, needs_bias = ctx.needs_input_grad[:2]
+    weight = (*ctx.saved_tensors, *ctx.numbers)
+    grad_x = _nf4_linear_backward(grad_y, *weight, ctx.backend) if needs_x else None
+    grad_bias = grad_y.sum_to_size(grad_y.shape[-1]) if needs_bias else None
+    return grad_x, grad_bias, *[None] * (len(weight) + 1)
+
+
+def _gradient(grad_y: Tensor, *arguments) -> Tensor:
+    *parts, _ = arguments
+    weight = _contiguous(Parts(*parts))
+    rows = grad_y.reshape(grad_y.shape[:-1].numel(), weight.height)
+    grad_x = rows.new_zeros(len(rows), weight.width)
+    with torch.autocast(grad_y.device.type, enabled=False):
+        add_transposed_product(grad_x, rows, weight)
+    return grad_x.view(*grad_y.shape[:-1], weight.width)
+
+
+def _fake_gradient(grad_y, *arguments):
+    *parts, _ = arguments
+    return grad_y.new_empty(*grad_y.shape[:-1], Parts(*parts).width)
+
+
+def _contiguous(weight: Parts) -> Parts:
+    tensors: dict[str, Any] = {name: x.contiguous() for name, x in weight._asdict().items() if isinstance(x, Tensor)}
+    return weight._replace(**tensors)
+
+
+def _described(x: Tensor) -> str:
+    return f"{x.dtype} {list(x.shape)}"
+
+
+_nf4_dequantize = define(
+    "nf4_dequantize",
+    f"({PARTS}, ScalarType dtype, str backend) -> Tensor",
+    _dequantize,
+    _fake_dequantize,
+)
+_nf4_linear_backward = define(
+    "nf4_linear_backward",
+    f"(Tensor grad_y, {PARTS}, str backend) -> Tensor",
+    _gradient,
+    _fake_gradient,
+)
+_nf4_linear = define(
+    "nf4_linear",
+    f"(Tensor x, Tensor? bias, {PARTS}, str backend) -> Tensor",
+    _forward,
+    _fake,
+    _setup_context,
+    _backward,
+)
