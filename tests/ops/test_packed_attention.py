@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tolerance import assert_as_good_as, assert_true_to, check, gradients
+from tolerance import assert_as_good_as, assert_true_to, assert_unbiased, check, gradients
 
 from posttrain.ops import backend_for, explain, packed_attention, reference
 from posttrain.ops.backend import Choice
@@ -140,7 +140,7 @@ def test_agrees_for_any_width(width):
     check(lambda *x: packed_attention(*x, layout), lambda *x: reference.packed_attention(*x, layout), inputs)
 
 
-def test_forward_beside_a_backward_that_wants_only_some_gradients():
+def test_gradients_of_some_inputs_only():
     layout = forest()
     q, k, v = tensors(14, 4, 2)
     for wanted in range(3):
@@ -270,6 +270,44 @@ def test_other_sequences_change_no_bit(options):
     after = packed_attention(*inputs, layout, **options)
     assert torch.equal(before[:9], after[:9]) and torch.equal(before[14:], after[14:])
     assert not torch.equal(before[9:14], after[9:14])
+
+
+def test_other_branches_change_no_bit():
+    """Of outputs and gradients; more queries and keys than a tile has, and more than one chunk of the backward."""
+    layout = PackedLayout.from_forest([150, 70, 90, 40], [-1, 0, 0, -1])
+    inputs = tensors(350, 4, 2)
+    before = packed_attention(*inputs, layout)
+    inputs = [x.requires_grad_() for x in inputs]
+    branches = [slice(150, 220), slice(220, 310), slice(310, 350)]
+    first = [torch.autograd.grad(packed_attention(*inputs, layout)[b].sum(), inputs) for b in branches]
+    changed = [x.detach().clone() for x in inputs]
+    for x in changed:
+        x[220:310] += torch.randn_like(x[220:310])
+    changed = [x.requires_grad_() for x in changed]
+    after = packed_attention(*changed, layout)
+    assert torch.equal(before[:220], after[:220]) and torch.equal(before[310:], after[310:])
+    assert not torch.equal(before[220:310], after[220:310])
+    for branch, grads in zip(branches, first, strict=True):
+        again = torch.autograd.grad(packed_attention(*changed, layout)[branch].sum(), changed)
+        same = all(torch.equal(a, b) for a, b in zip(grads, again, strict=True))
+        assert same == (branch.start != 220)
+
+
+@pytest.mark.parametrize("which", range(4), ids=["out", "grad_q", "grad_k", "grad_v"])
+def test_errors_lean_to_no_side(which):
+    layout = PackedLayout.from_forest([60, 20, 30], [-1, 0, 0])
+
+    def result(function, dtype):
+        def call(seed):
+            generator = torch.Generator().manual_seed(seed)
+            inputs = [torch.randn(110, heads, 16, generator=generator) + 0.5 for heads in (2, 1, 1)]
+            out, grads = gradients(lambda *x: function(*x, layout), [x.to(dtype) for x in inputs])
+            return (*out, *grads)[which]
+
+        return call
+
+    ours = result(packed_attention, torch.float32)
+    assert_unbiased(ours, result(plain, torch.float32), result(reference.packed_attention, torch.float64))
 
 
 def test_values_may_be_wider_than_keys():
