@@ -29,9 +29,12 @@ def add_lora(
         dropout: on the adapters' inputs, in training.
 
     Raises:
-        ValueError: a rank below 1, or names that match no layer.
+        ValueError: a rank below 1, an alpha that isn't positive, or names that match no layer.
     """
     from peft import LoraConfig, get_peft_model
+
+    if alpha <= 0:
+        raise ValueError(f"alpha must be positive, got {alpha}")
 
     targets = target_modules if isinstance(target_modules, str) else list(target_modules)
     config = LoraConfig(r=r, lora_alpha=alpha, target_modules=targets, lora_dropout=dropout, task_type="CAUSAL_LM")

@@ -29,3 +29,12 @@ def decoder(causal: Any) -> Any:
     if body is None:
         raise ModelError(f"{type(causal).__name__} has no part that gives hidden states without logits")
     return body
+
+
+def position_limit(causal: Any) -> int | None:
+    """How many positions a causal LM has learned embeddings for, or None if it learned none (GPT-2 and OPT did)."""
+    body = decoder(causal)
+    parts = (body, getattr(body, "decoder", body))
+    tables = (getattr(part, name, None) for part in parts for name in ("wpe", "embed_positions"))
+    learned = any(isinstance(table, nn.Embedding) for table in tables)
+    return causal.config.get_text_config().max_position_embeddings if learned else None

@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from posttrain.data.batch import PackedBatch
-from posttrain.models.causal_lm import causal_lm, decoder
+from posttrain.models.causal_lm import ModelError, causal_lm, decoder, position_limit
 from posttrain.models.head import head
 from posttrain.models.packing import run_packed, run_padded
 from posttrain.ops import TokenLogprobs, linear_logprob
@@ -14,8 +14,15 @@ def hidden_states(model: nn.Module, batch: PackedBatch) -> Tensor:
 
     No sequence influences another. A model prepared with our attention runs all tokens as one row, any other one
     padded row for each sequence. Adapters, activation checkpointing and `torch.no_grad` work as always.
+
+    Raises `ModelError` for a sequence with more positions than the model learned.
     """
     causal = causal_lm(model)
+    limit = position_limit(causal)
+    if limit is not None and batch.layout.num_tokens > limit:
+        longest = int(batch.layout.positions.max()) + 1
+        if longest > limit:
+            raise ModelError(f"a sequence has {longest} tokens, and {type(causal).__name__} knows {limit} positions")
     run = run_packed if causal.config._attn_implementation == "posttrain" else run_padded
     return run(decoder(causal), batch.input_ids, batch.layout)
 

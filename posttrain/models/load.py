@@ -32,36 +32,73 @@ def load(
     Raises:
         ModelError: what is wrong with the folder, the id or the checkpoint, in one line.
     """
-    path = os.fspath(path_or_id)
+    path = os.path.expanduser(path_or_id)
     _check(path)
+    kind = _dtype(dtype)
+    own = {} if attn_implementation == "posttrain" else {"attn_implementation": attn_implementation}
     if is_adapter(path):
         base = _model_of_adapter(path)
-        _check(base)
-    else:
-        base = path
-    kind = _dtype(dtype)
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    own = {} if attn_implementation == "posttrain" else {"attn_implementation": attn_implementation}
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            base, dtype=kind, trust_remote_code=trust_remote_code, use_safetensors=True, output_loading_info=True, **own
-        )
-        tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as problem:
-        raise ModelError(f"can't load {base}: {_first_line(problem)}") from problem
-    model, info = loaded
-    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # what transformers makes up without its files
-        raise ModelError(f"no tokenizer in {base}: it has no vocabulary")
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise ModelError(f"can't load {base}: the checkpoint lacks {len(missing)} weights, {missing[0]} among them")
-    if is_adapter(path):
+        try:
+            model, tokenizer = _load(base, _tokenizer_of_adapter(path) or base, kind, trust_remote_code, own)
+        except ModelError as problem:
+            where = "" if os.path.isabs(base) else f", looked up from {os.getcwd()}"
+            raise ModelError(f"the adapter in {path} is for the model {base}{where}: {problem}") from problem
         model = load_adapter(model, path)
+    else:
+        model, tokenizer = _load(path, path, kind, trust_remote_code, own)
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     prepare(model, attention=attn_implementation == "posttrain")
     return model, tokenizer
+
+
+def _load(
+    base: str, words: str, dtype: str | torch.dtype, trust_remote_code: bool, options: dict[str, Any]
+) -> tuple[Any, Any]:
+    """The model in `base` and the tokenizer in `words`, as transformers loads them."""
+    _check(base)
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    outage = None if Path(base).is_dir() else _outage(base)
+    shared: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": outage is not None}
+    options = {**shared, "adapter_kwargs": {"local_files_only": outage is not None}, **options}
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            base, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+        )
+        tokenizer = AutoTokenizer.from_pretrained(words, **shared)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as problem:
+        raise ModelError(f"can't load {base}: {outage or _first_line(problem)}") from problem
+    model, info = loaded
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # what transformers makes up without its files
+        raise ModelError(f"no tokenizer in {words}: it has no vocabulary")
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise ModelError(f"can't load {base}: the checkpoint lacks {len(missing)} weights, {missing[0]} among them")
+    return model, tokenizer
+
+
+def _outage(model_id: str) -> str | None:
+    """Why only copies on this machine can be loaded, or None if the model hub answers.
+
+    One request: transformers would try every file six times, for half a minute.
+    """
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        get_hf_file_metadata(hf_hub_url(model_id, "config.json"))
+    except (HfHubHTTPError, ValueError):
+        return None  # an answer, or no id at all: transformers says what is wrong
+    except Exception as problem:  # its class depends on the version of huggingface_hub
+        return f"no such folder, no whole copy on this machine, and {constants.ENDPOINT} is out of reach ({problem})"
+    return None
+
+
+def _tokenizer_of_adapter(folder: str) -> str | None:
+    """`folder`, if it has a tokenizer of its own."""
+    names = ("tokenizer.json", "tokenizer_config.json")
+    return folder if any((Path(folder) / name).is_file() for name in names) else None
 
 
 def _model_of_adapter(folder: str) -> str:
@@ -78,7 +115,7 @@ def _model_of_adapter(folder: str) -> str:
 
 def _check(path: str) -> None:
     """Raise if `path` is a folder without a model, or is meant as a folder and isn't there."""
-    folder = Path(path).expanduser()
+    folder = Path(path)
     if folder.is_dir():
         if not (folder / "config.json").is_file() and not is_adapter(folder):
             raise ModelError(f"no model in {path}: the folder has no config.json")

@@ -190,3 +190,9 @@ def test_prompt_tuning_is_refused():
 def test_bad_names_are_an_error():
     with pytest.raises(ValueError, match="nonexistent"):
         add_lora(tiny("llama"), target_modules=["nonexistent"])
+
+
+@pytest.mark.parametrize("alpha", [0, -16])
+def test_an_alpha_that_switches_the_adapter_off_is_an_error(alpha):
+    with pytest.raises(ValueError, match=f"alpha must be positive, got {alpha}"):
+        add_lora(tiny("llama"), alpha=alpha)

@@ -258,3 +258,33 @@ def test_a_shared_prompt_gives_what_two_copies_give(family):
         )
     torch.testing.assert_close(forest[:6], first)
     torch.testing.assert_close(forest[6:], second[2:])
+
+
+def gpt2(**options):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=97, n_positions=16, n_embd=32, n_layer=2, n_head=4, attn_pdrop=0.0, **options)
+    return randomised(GPT2LMHeadModel(config)).eval()
+
+
+def opt():
+    from transformers import OPTConfig, OPTForCausalLM
+
+    shape = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 48, "num_hidden_layers": 2}
+    torch.manual_seed(0)
+    config = OPTConfig(vocab_size=97, max_position_embeddings=16, num_attention_heads=4, **shape)
+    return randomised(OPTForCausalLM(config)).eval()
+
+
+@pytest.mark.parametrize("attention", [True, False])
+@pytest.mark.parametrize(("build", "name"), [(gpt2, "GPT2LMHeadModel"), (opt, "OPTForCausalLM")])
+def test_more_tokens_than_learned_positions_are_an_error(build, name, attention):
+    model = build()
+    report = prepare(model, attention=attention)
+    assert ("attention" in report.replaced) is attention
+    with torch.no_grad():
+        longest = batch_of([16, 5, 16])
+        assert_true_to(hidden_states(model, longest), alone(build().double(), longest)[0])
+    with pytest.raises(ModelError, match=f"a sequence has 17 tokens, and {name} knows 16 positions"):
+        hidden_states(model, batch_of([16, 5, 17]))

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -64,6 +65,36 @@ def test_an_adapter_folder_brings_its_model(folder, tmp_path):
     assert torch.equal(token_logprobs(back, batch).logprob, token_logprobs(model, batch).logprob)
     assert all(("lora_" in name) == p.requires_grad for name, p in back.named_parameters())
     assert tokenizer.convert_tokens_to_ids("w42") == 42
+
+
+def adapter_of(folder, where, base=None):
+    """A new adapter for the model in `folder`, saved to `where`; `base` is what it names as its model."""
+    add_lora(load(folder)[0], r=2, alpha=4).save_pretrained(where)
+    settings = json.loads((where / "adapter_config.json").read_text())
+    settings["base_model_name_or_path"] = str(base or folder)
+    (where / "adapter_config.json").write_text(json.dumps(settings))
+    return where
+
+
+def test_an_adapter_folder_may_have_a_tokenizer_of_its_own(folder, tmp_path):
+    adapter = adapter_of(folder, tmp_path / "adapter")
+    words = {f"v{i}": i for i in range(97)}
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, unk_token="v0"))).save_pretrained(adapter)
+    assert load(adapter)[1].convert_tokens_to_ids("v42") == 42
+
+
+def test_an_adapter_that_names_its_model_by_a_relative_path(folder, tmp_path, monkeypatch):
+    adapter = adapter_of(folder, tmp_path / "adapter", "./model")
+    monkeypatch.chdir(tmp_path)
+    assert load(adapter)[1].convert_tokens_to_ids("w42") == 42
+    monkeypatch.chdir(adapter)
+    expected = f"the adapter in {adapter} is for the model ./model, looked up from {adapter}: no such folder: ./model"
+    assert error_of(adapter) == expected
+
+
+def test_a_path_from_home(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert load("~/model")[1].convert_tokens_to_ids("w42") == 42
 
 
 def error_of(path, **options) -> str:
@@ -131,11 +162,33 @@ def test_pickled_weights_are_not_opened(folder):
     assert error_of(folder).startswith(f"can't load {folder}: ")
 
 
-def test_a_hub_that_is_out_of_reach(monkeypatch):
-    import huggingface_hub.constants
+@pytest.fixture
+def no_hub(monkeypatch):
+    """Nobody listens at the model hub's address."""
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
 
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    assert error_of("nobody/nothing").startswith("can't load nobody/nothing: ")
+
+def test_a_hub_that_is_out_of_reach(no_hub, caplog):
+    start = time.monotonic()
+    assert error_of("nobody/nothing").startswith(
+        "can't load nobody/nothing: no such folder, no whole copy on this machine, and http://127.0.0.1:9 is out of "
+        "reach ("
+    )
+    assert time.monotonic() - start < 5 and "Retrying" not in caplog.text
+
+
+def test_a_copy_on_this_machine_needs_no_hub(folder, tmp_path, no_hub, monkeypatch):
+    copy = tmp_path / "hub" / "models--somebody--something"
+    (copy / "refs").mkdir(parents=True)
+    (copy / "refs" / "main").write_text("0123")
+    (copy / "snapshots").mkdir()
+    folder.rename(copy / "snapshots" / "0123")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert load("somebody/something")[1].convert_tokens_to_ids("w42") == 42
+
+
+def test_no_hub_id():
+    assert error_of("no such id").startswith("can't load no such id: ")
 
 
 def test_no_tokenizer(tmp_path):
