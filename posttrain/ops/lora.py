@@ -25,6 +25,7 @@ from posttrain.ops.lora_layer import (
     project,
     project_gradient,
     schema,
+    slabs,
 )
 from posttrain.ops.nf4_weight import NF4Weight
 
@@ -37,11 +38,12 @@ def lora_linear(
     scaling: float | Sequence[float] = 1.0,
     bias: Tensor | None = None,
     *,
+    magnitude: Tensor | None = None,
     adapter: Tensor | None = None,
     dropout: float = 0.0,
     seed: int = 0,
 ) -> Tensor:
-    """`x W^T + bias + scaling (x A^T) B^T`.
+    """`x W^T + bias + scaling (x A^T) B^T`, or DoRA's `magnitude / norm * (x W^T + scaling (x A^T) B^T) + bias`.
 
     Args:
         x: `[..., K]`, floating.
@@ -50,6 +52,9 @@ def lora_linear(
         lora_b: B `[N, R]`.
         scaling: of the adapter; alpha / R, or alpha / sqrt(R) for rsLoRA.
         bias: `[N]`, dtype of `x`, or None.
+        magnitude: `[N]`, floating, for DoRA (Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", 2024). The norm
+            is that of the rows of W + scaling B A and counts as a constant in the backward, as in the paper. The
+            result before the multiplication is saved as well.
         adapter: int64 `[...]`, for each row of `x` the number of its adapter, -1 for none. Then A is `[E, R, K]`, B
             `[E, N, R]` and scaling E numbers, or one for all. Adapters of lower rank are filled up with zeros.
         dropout: share of the elements of x that the adapter doesn't see; the others count 1 / (1 - dropout).
@@ -66,9 +71,27 @@ def lora_linear(
     flat = flatten("lora_linear", "layer", x, layer, adapter is not None)
     option = options("lora_linear", x, [flat], adapter, dropout, seed)
     backend = backend_for("lora_linear", x)
+    if magnitude is not None:
+        _check_magnitude(magnitude, flat, adapter)
     if backend == "reference":
-        return reference.lora_linear(x, *layer, adapter=adapter, dropout=dropout, seed=seed)
-    return _lora_linear(x, *flat, *option, backend)
+        return reference.lora_linear(x, *layer, magnitude=magnitude, adapter=adapter, dropout=dropout, seed=seed)
+    if magnitude is None:
+        return _lora_linear(x, *flat, *option, backend)
+    with torch.no_grad():
+        norm = _adapted_norm(*flat)
+    y = (_lora_linear(x, *flat._replace(bias=None), *option, backend) * (magnitude / norm)).to(x.dtype)
+    return y if bias is None else y + bias
+
+
+def _check_magnitude(magnitude: Tensor, layer: Layer, adapter: Tensor | None) -> None:
+    if adapter is not None or layer.lora_a is None:
+        raise ValueError("lora_linear: magnitude is for a layer with one adapter")
+    if magnitude.shape != (layer.height,) or not magnitude.is_floating_point():
+        raise ValueError(
+            f"lora_linear: magnitude must be floating [{layer.height}], got {magnitude.dtype} {list(magnitude.shape)}"
+        )
+    if magnitude.device != layer.weight.device:
+        raise ValueError(f"lora_linear: magnitude is on {magnitude.device}, the weight on {layer.weight.device}")
 
 
 def lora_qkv(
@@ -207,5 +230,23 @@ def _define(name: str, *layers: str) -> Callable[..., Any]:
     return define(name, f"({fields}, str backend) -> ({outputs})", _forward, _fake, _setup_context, _backward_of(name))
 
 
+def _norm(*flat: Any) -> Tensor:
+    """Norms `[N]` of the rows of W + s B A, in at least float32."""
+    layer = Layer(*flat)
+    norm = _fake_norm(*flat)
+    a, b = layer.lora_a[0].to(norm.dtype), layer.lora_b[0].to(norm.dtype)  # type: ignore[index]
+    for rows, slab in slabs(layer, norm.dtype):
+        norm[rows] = torch.addmm(slab, b[rows], a, alpha=layer.scaling[0]).norm(dim=1)
+    return norm
+
+
+def _fake_norm(*flat: Any) -> Tensor:
+    layer, lora_a = Layer(*flat), flat[Layer._fields.index("lora_a")]
+    wide = torch.promote_types(lora_a.dtype, torch.float32)
+    dtype = wide if layer.absmax is not None else torch.promote_types(layer.weight.dtype, wide)
+    return lora_a.new_empty(layer.height, dtype=dtype)
+
+
+_adapted_norm = define("lora_adapted_norm", f"({schema('layer')}) -> Tensor", _norm, _fake_norm)
 _lora_linear = _define("lora_linear", "layer")
 _lora_qkv = _define("lora_qkv", "q", "k", "v")

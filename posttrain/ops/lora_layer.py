@@ -332,6 +332,15 @@ def _scaled(low: Tensor, layer: Layer, options: Options, rows: slice) -> Tensor:
     return parts.masked_fill_(~own[..., None], 0).view(low.shape)
 
 
+def slabs(layer: Layer, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Runs of the rows of W, in `dtype`."""
+    if layer.nf4 is not None:
+        yield from nf4.slabs(layer.nf4, dtype)
+        return
+    for rows in _tiles(layer.height, layer.width):
+        yield rows, layer.weight[rows].to(dtype)
+
+
 def _flat_b(layer: Layer, dtype: torch.dtype) -> Tensor:
     """B `[N, E R]`."""
     lora_b: Tensor = layer.lora_b  # type: ignore[assignment]

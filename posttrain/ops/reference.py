@@ -155,9 +155,9 @@ def lora_linear(
 ) -> Tensor:
     """`posttrain.ops.lora_linear`."""
     wide = _wide(x)
-    dense = nf4_dequantize(weight, x.dtype) if isinstance(weight, NF4Weight) else weight
-    y = wide @ dense.to(wide.dtype).T
-    y = y if bias is None else y + bias.to(wide.dtype)
+    dense = (nf4_dequantize(weight, x.dtype) if isinstance(weight, NF4Weight) else weight).to(wide.dtype)
+    y = wide @ dense.T
+    offset = 0 if bias is None else bias.to(wide.dtype)
     if lora_a is None or lora_b is None:
         return y.to(x.dtype)
     kept = wide if dropout == 0 else wide.masked_fill(dropped(x, dropout, seed), 0) / (1 - dropout)
@@ -167,7 +167,10 @@ def lora_linear(
     for index, (a, b, factor) in enumerate(pairs):
         delta = factor * (kept @ a.to(wide.dtype).T) @ b.to(wide.dtype).T
         y = y + (delta if adapter is None else delta.masked_fill((adapter != index)[..., None], 0))
-    return y.to(x.dtype)
+    if magnitude is not None:
+        adapted = dense + factors[0] * lora_b.to(wide.dtype) @ lora_a.to(wide.dtype)
+        y = y * (magnitude.to(wide.dtype) / adapted.norm(dim=1).detach())
+    return (y + offset).to(x.dtype)
 
 
 def dropped(x: Tensor, share: float, seed: int) -> Tensor:

@@ -24,10 +24,9 @@ def randn(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def operands(rows: int, k: int, n: int, rank: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """x, weight, A, B, bias, of which all but x are small."""
+    """x, weight, A, B, bias, so small that gradients over many rows are still near 1."""
     shapes = [(rows, k), (n, k), (rank, k), (n, rank), (n,)]
-    x, *rest = (randn(*shape, seed=i, dtype=dtype) for i, shape in enumerate(shapes))
-    return [x, *(tensor / 8 for tensor in rest)]
+    return [randn(*shape, seed=i, dtype=dtype) / 8 for i, shape in enumerate(shapes)]
 
 
 def of(op: Callable[..., Tensor], **options) -> Callable[..., Tensor]:
@@ -244,6 +243,70 @@ def test_an_nf4_base_in_half_precision(dtype) -> None:
     )
 
 
+# DoRA
+
+
+def dora(dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """x, weight, A, B, bias, magnitude."""
+    return [*operands(40, 97, 33, 8, dtype), 1 + randn(33, seed=9).abs().to(dtype)]
+
+
+def of_dora(op: Callable[..., Tensor], base: Callable[[Tensor], object] = lambda w: w, **options):
+    return lambda x, w, a, b, bias, m: op(x, base(w), a, b, 0.75, bias, magnitude=m, **options)
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_dora_agrees_with_the_reference(dtype) -> None:
+    check(of_dora(lora_linear), of_dora(reference.lora_linear), dora(dtype))
+    check(of_dora(lora_linear, dropout=0.2), of_dora(reference.lora_linear, dropout=0.2), dora(dtype))
+
+
+@pytest.mark.usefixtures("poison")
+def test_dora_on_an_nf4_base() -> None:
+    x, weight, *rest = dora()
+    packed = quantize_nf4(weight, nested=True)
+
+    def call(op):
+        return lambda x, *t: of_dora(op, lambda _: packed)(x, weight, *t)
+
+    check(call(lora_linear), call(reference.lora_linear), [x, *rest])
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_dora_in_half_precision(dtype) -> None:
+    def peer(x, w, a, b, bias, m):
+        norm = (w + 0.75 * b @ a).norm(dim=1).detach()
+        return plain(x, w, a, b, torch.zeros_like(bias)) * (m / norm) + bias
+
+    check(of_dora(lora_linear), of_dora(reference.lora_linear), dora(dtype), peer)
+
+
+def test_dora_equals_peft() -> None:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    torch.manual_seed(0)
+    layers = torch.nn.ModuleDict({"layer": torch.nn.Linear(30, 20)})
+    inject_adapter_in_model(LoraConfig(r=4, lora_alpha=8, target_modules=["layer"], use_dora=True), layers)
+    layer = layers["layer"]
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    torch.nn.init.normal_(b)
+    magnitude = layer.lora_magnitude_vector["default"].weight
+    x = randn(10, 30, seed=1).requires_grad_()
+    ours = lora_linear(x, layer.base_layer.weight, a, b, 2.0, layer.base_layer.bias, magnitude=magnitude)
+    torch.testing.assert_close(ours, layer(x))
+    grads = [torch.autograd.grad(y.square().sum(), (x, a, b, magnitude)) for y in (ours, layer(x))]
+    for mine, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_gradcheck_of_dora() -> None:
+    x, w, a, b, bias, m = (t.double() for t in (*operands(5, 7, 6, 3), 1 + randn(6, seed=9).abs()))
+    op = lambda x, bias, m: of_dora(lora_linear)(x, w, a, b, bias, m)  # noqa: E731  (the norm counts as a constant)
+    inputs = tuple(t.requires_grad_() for t in (x, bias, m))
+    assert torch.autograd.gradcheck(op, inputs, eps=1e-6, atol=1e-8, rtol=1e-6)
+
+
 # lora_qkv
 
 
@@ -342,6 +405,9 @@ def test_opcheck(dtype) -> None:
         torch.library.opcheck(
             torch.ops.posttrain.lora_linear_backward, arguments, test_utils=("test_schema", "test_faketensor")
         )
+        torch.library.opcheck(
+            torch.ops.posttrain.lora_adapted_norm, [t.detach() if isinstance(t, Tensor) else t for t in layer]
+        )
     x, *layer, _ = flat(dtype)
     torch.library.opcheck(torch.ops.posttrain.lora_qkv, (x, *layer, *layer, *layer, None, 0.0, 0, "cpu"))
 
@@ -379,6 +445,8 @@ def test_autocast_changes_nothing() -> None:
         ({"lora_a": torch.ones(3, 12).int()}, r"must be floating, got torch.int32 and torch.float32"),
         ({"lora_a": torch.ones(3, 12, device="meta")}, r"lora_a is on meta, x on cpu"),
         ({"scaling": (1.0, 2.0)}, r"scaling must be 1 numbers, got 2"),
+        ({"magnitude": torch.ones(9)}, r"magnitude must be floating \[10\], got torch.float32 \[9\]"),
+        ({"magnitude": torch.ones(10), "lora_a": None, "lora_b": None}, r"magnitude is for a layer with one adapter"),
         ({"dropout": 1.0}, r"dropout must be at least 0 and below 1, got 1.0"),
         ({"adapter": torch.zeros(4, dtype=torch.int64)}, r"lora_a \[E, R, K\] and lora_b \[E, N, R\]"),
     ],
