@@ -149,6 +149,7 @@ def lora_linear(
     scaling: float | Sequence[float] = 1.0,
     bias: Tensor | None = None,
     *,
+    magnitude: Tensor | None = None,
     adapter: Tensor | None = None,
     dropout: float = 0.0,
     seed: int = 0,
@@ -159,7 +160,7 @@ def lora_linear(
     y = wide @ dense.T
     offset = 0 if bias is None else bias.to(wide.dtype)
     if lora_a is None or lora_b is None:
-        return y.to(x.dtype)
+        return (y + offset).to(x.dtype)
     kept = wide if dropout == 0 else wide.masked_fill(dropped(x, dropout, seed), 0) / (1 - dropout)
     one = adapter is None
     factors = [scaling] * (1 if one else len(lora_a)) if isinstance(scaling, int | float) else scaling
