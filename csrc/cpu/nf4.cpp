@@ -35,26 +35,22 @@ inline int nibble(const uint8_t* packed, int64_t i) {
   return i % 2 ? packed[i / 2] & 15 : packed[i / 2] >> 4;
 }
 
-// The 16 values of a block, absmax * code.
+// The 16 values of a block, absmax * code, looked up by the low 4 bits of each lane.
 struct Table {
-  alignas(64) float value[16];
+  float absmax;
 #if defined(__AVX512F__)
   __m512 all;
-  explicit Table(float absmax) : all(_mm512_mul_ps(_mm512_load_ps(kCode), _mm512_set1_ps(absmax))) {
-    _mm512_store_ps(value, all);
-  }
-  // By the low 4 bits of each lane. (The unmasked forms make GCC 12 warn of its own header.)
+  explicit Table(float a) : absmax(a), all(_mm512_mul_ps(_mm512_load_ps(kCode), _mm512_set1_ps(a))) {}
+  // (The unmasked forms make GCC 12 warn of its own header.)
   Vec<float> operator()(VecInt q) const {
     return (Vec<float>)_mm512_maskz_permutexvar_ps(__mmask16(-1), (__m512i)q, all);
   }
 #elif defined(__AVX2__)
   __m256 low, high;
-  explicit Table(float absmax)
-      : low(_mm256_mul_ps(_mm256_load_ps(kCode), _mm256_set1_ps(absmax))),
-        high(_mm256_mul_ps(_mm256_load_ps(kCode + 8), _mm256_set1_ps(absmax))) {
-    _mm256_store_ps(value, low);
-    _mm256_store_ps(value + 8, high);
-  }
+  explicit Table(float a)
+      : absmax(a),
+        low(_mm256_mul_ps(_mm256_load_ps(kCode), _mm256_set1_ps(a))),
+        high(_mm256_mul_ps(_mm256_load_ps(kCode + 8), _mm256_set1_ps(a))) {}
   Vec<float> operator()(VecInt q) const {
     const __m256i index = (__m256i)q;
     const __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));
@@ -62,15 +58,14 @@ struct Table {
                                         upper);
   }
 #else
-  explicit Table(float absmax) {
-    for (int i = 0; i < 16; ++i) value[i] = kCode[i] * absmax;
-  }
+  explicit Table(float a) : absmax(a) {}
   Vec<float> operator()(VecInt q) const {
     Vec<float> v;
-    for (int i = 0; i < kLanes; ++i) v[i] = value[q[i] & 15];
-    return v;
+    for (int i = 0; i < kLanes; ++i) v[i] = kCode[q[i] & 15];
+    return v * absmax;
   }
 #endif
+  float operator[](int q) const { return kCode[q] * absmax; }
 };
 
 // Integers to lanes. (GCC 12 takes __builtin_convertvector apart into single bytes.)
@@ -86,22 +81,32 @@ inline VecInt widened(const uint8_t* p) {
 #endif
 }
 
-// The next kLanes elements, in order, from kLanes / 2 bytes.
-inline VecInt nibbles_at(const uint8_t* p) {
-  uint8_t bytes[kLanes];
-  for (int i = 0; i < kLanes / 2; ++i) {
-    bytes[2 * i] = p[i] >> 4;
-    bytes[2 * i + 1] = p[i] & 15;
-  }
-  return widened(bytes);
+// high[0], low[0], high[1], low[1] ... to 2 * kLanes places.
+inline void store_in_turn(float* out, Vec<float> high, Vec<float> low) {
+#if defined(__AVX512F__)
+  const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+  _mm512_storeu_ps(out, _mm512_permutex2var_ps((__m512)high, first, (__m512)low));
+  _mm512_storeu_ps(out + kLanes, _mm512_permutex2var_ps((__m512)high, second, (__m512)low));
+#elif defined(__AVX2__)
+  const __m256 even = _mm256_unpacklo_ps((__m256)high, (__m256)low);
+  const __m256 odd = _mm256_unpackhi_ps((__m256)high, (__m256)low);
+  _mm256_storeu_ps(out, _mm256_permute2f128_ps(even, odd, 0x20));
+  _mm256_storeu_ps(out + kLanes, _mm256_permute2f128_ps(even, odd, 0x31));
+#else
+  for (int i = 0; i < kLanes; ++i) out[2 * i] = high[i], out[2 * i + 1] = low[i];
+#endif
 }
 
 // Elements [i, end) of one block.
 void dequantize_run(const uint8_t* packed, float absmax, int64_t i, int64_t end, float* out) {
   const Table table(absmax);
-  if (i % 2 && i < end) *out++ = table.value[nibble(packed, i++)];
-  for (; i + kLanes <= end; i += kLanes, out += kLanes) store(out, table(nibbles_at(packed + i / 2)));
-  for (; i < end; ++i) *out++ = table.value[nibble(packed, i)];
+  if (i % 2 && i < end) *out++ = table[nibble(packed, i++)];
+  for (; i + 2 * kLanes <= end; i += 2 * kLanes, out += 2 * kLanes) {
+    const VecInt q = widened(packed + i / 2);
+    store_in_turn(out, table(q >> 4), table(q));
+  }
+  for (; i < end; ++i) *out++ = table[nibble(packed, i)];
 }
 
 void dequantize_run(const uint8_t* packed, float absmax, int64_t i, int64_t end, double* out) {
@@ -123,7 +128,7 @@ inline void dot_run(const uint8_t* packed, const Table& table, int64_t i, int64_
                     Vec<float> (&sums)[kRows][2], float (&rest)[kRows]) {
   const int64_t stride = 2 * x.half;
   const auto add_one = [&] {
-    const float w = table.value[nibble(packed, i)];
+    const float w = table[nibble(packed, i)];
     for (int r = 0; r < kRows; ++r) rest[r] += w * x.at(k)[r * stride];
     ++i, ++k, --count;
   };
@@ -132,7 +137,7 @@ inline void dot_run(const uint8_t* packed, const Table& table, int64_t i, int64_
   const float *for_high = x.at(k), *for_low = x.at(k + 1);
   for (; count >= 2 * kLanes; count -= 2 * kLanes, i += 2 * kLanes, k += 2 * kLanes) {
     const VecInt q = widened(bytes);
-    const Vec<float> high = table(q >> 4), low = table(q & 15);
+    const Vec<float> high = table(q >> 4), low = table(q);
     for (int r = 0; r < kRows; ++r) {
       sums[r][0] += high * load(for_high + r * stride);
       sums[r][1] += low * load(for_low + r * stride);

@@ -24,7 +24,7 @@ from torch import Tensor
 from posttrain.ops import nf4, reference
 from posttrain.ops.nf4_weight import NF4Weight
 
-_TILE = 1 << 20  # elements of x or dy that the gradient takes at a time
+_TILE = 1 << 22  # elements of x or dy that the gradient takes at a time
 
 
 class LoraLayer(NamedTuple):
@@ -257,19 +257,19 @@ def project_gradient(
 def _adapter_gradient(
     grads: Sequence[Tensor], x: Tensor, layers: Sequence[Layer], options: Options, bundle: _Bundle
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """(v `[T, ranks]`, dA `[ranks, K]`, the dB `[N, ranks]` of its layers), in one pass over x and dy."""
+    """(v `[T, ranks]`, dA `[ranks, K]`, the dB^T `[ranks, N]` of its layers), in one pass over x and dy."""
     wide = bundle.lora_a.dtype
     v = torch.empty(len(x), len(bundle.lora_a), dtype=wide, device=x.device)
     grad_a = torch.zeros_like(bundle.lora_a)
     lora_bs = [_flat_b(layers[i], wide) for i in bundle.layers]
-    grad_bs = [torch.zeros_like(lora_b) for lora_b in lora_bs]
+    grad_bs = [torch.zeros_like(lora_b.T, memory_format=torch.contiguous_format) for lora_b in lora_bs]
     width = max(x.shape[1], *(layers[i].height for i in bundle.layers))
     for rows in _tiles(len(x), width):
         tile = bundle.source(x, rows)
         u = tile @ bundle.lora_a.T
         for i, columns, lora_b, grad_b in zip(bundle.layers, bundle.columns, lora_bs, grad_bs, strict=True):
             grad = grads[i][rows].to(wide)
-            grad_b.addmm_(grad.T, _scaled(u[:, columns], layers[i], options, rows))
+            grad_b.addmm_(_scaled(u[:, columns], layers[i], options, rows).T, grad)
             v[rows, columns] = _scaled(grad @ lora_b, layers[i], options, rows)
         grad_a.addmm_(v[rows].T, tile)
     return v, grad_a, grad_bs
@@ -290,7 +290,7 @@ def _layer_gradients(
     if a is not None and b is not None and grad_a is not None and grad_b is not None:
         adapters, _, rank = b.shape
         grad_a = grad_a.view(a.shape).to(a.dtype)
-        grad_b = grad_b.view(-1, adapters, rank).transpose(0, 1).to(b.dtype).contiguous()
+        grad_b = grad_b.view(adapters, rank, layer.height).transpose(1, 2).to(b.dtype).contiguous()
     return Gradients(
         grad.T @ x if needs_weight else None,
         grad.sum(0) if needs_bias else None,
@@ -301,7 +301,7 @@ def _layer_gradients(
 
 def _bundles(x: Tensor, layers: Sequence[Layer], options: Options) -> Iterator[_Bundle]:
     """The adapted layers, all together, or each by itself where each drops other elements."""
-    adapted = [i for i, layer in enumerate(layers) if layer.lora_a is not None and layer.rank > 0]
+    adapted = [i for i, layer in enumerate(layers) if layer.lora_a is not None]
     if options.dropout == 0:
         if adapted:
             yield _bundle(x, layers, adapted, None)

@@ -15,7 +15,7 @@ from posttrain.ops.lora_layer import flatten
 
 # rows, K, N, R
 SHAPES = [(0, 8, 8, 2), (1, 13, 7, 1), (63, 97, 40, 8), (100, 100, 129, 13), (1000, 64, 33, 64), (17, 40, 24, 256)]
-RANKS = (1, 8, 13, 64, 256)
+RANKS = (0, 1, 8, 13, 64, 256)
 
 
 def randn(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
