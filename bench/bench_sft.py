@@ -25,6 +25,9 @@ from memory import peaks
 
 from posttrain.data.share import keep_apart
 
+pytest.importorskip("datasets", reason="reads its data through datasets, which is not installed")
+pytest.importorskip("trl", reason="compares with trl, which is not installed")
+
 ROOT = Path(__file__).parents[1]
 STEPS, SKIPPED, ROUNDS = 18, 3, 3
 COMMON = {

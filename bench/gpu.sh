@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Build for this machine's GPU, run the tests that touch kernels, then the benchmarks; JSON goes to $OUT or
-# bench/results. Uses .venv if there is one, else the python3 on PATH, which must bring torch with CUDA; needs no
-# network. Peers to compare with may lie as wheels in .whl/.
+# bench/results. Uses .venv if there is one, else the python3 on PATH, which must bring torch with CUDA, triton,
+# transformers, peft, and to build and test scikit-build-core, pybind11, cmake, ninja, nvcc, pytest, pytest-xdist and
+# hypothesis; needs no network. Peers to compare with may lie as wheels in .whl/; without them they are left out.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -25,6 +26,6 @@ fi
 root=$PWD
 export PYTHONPATH="$root/build/gpu" OUT="${OUT:-$root/bench/results}"
 cd "$root/build"
-"$python" -m pytest -c "$root/pyproject.toml" --rootdir "$root" -p no:cacheprovider \
+"$python" -m pytest -c "$root/pyproject.toml" --rootdir "$root" -p no:cacheprovider -n 4 \
   "$root/tests/kernels" "$root/tests/ops" "$root/tests/models" "$root/tests/cuda"
 "$python" -m pytest -c "$root/pyproject.toml" --rootdir "$root" -p no:cacheprovider "$root/bench"
