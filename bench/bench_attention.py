@@ -113,13 +113,14 @@ _flex = torch.compile(flex_attention, dynamic=False)
 
 
 def flex(tensors: Inputs, layout: PackedLayout) -> tuple[Function, Inputs]:
-    """FlexAttention with the layout's mask, compiled."""
+    """FlexAttention with the layout's mask, compiled; on a CPU with its fastest block size of 64, 128 and 256."""
     until = layout.visible_until
 
     def seen(_batch: Tensor, _head: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return (k <= q) & (q < until[k])
 
-    mask = create_block_mask(seen, None, None, layout.num_tokens, layout.num_tokens, device=DEVICE)
+    size = layout.num_tokens
+    mask = create_block_mask(seen, None, None, size, size, device=DEVICE, BLOCK_SIZE=64 if DEVICE == "cpu" else 128)
 
     def call(*tensors: Tensor) -> Tensor:
         q, k, v = (x.transpose(0, 1)[None] for x in tensors)
