@@ -21,6 +21,8 @@ from posttrain.ops.lora_layer import (
     Options,
     flatten,
     layers_of,
+    normed,
+    normed_gradient,
     options,
     project,
     project_gradient,
@@ -100,6 +102,7 @@ def lora_qkv(
     k: LoraLayer,
     v: LoraLayer,
     *,
+    norm: tuple[Tensor, float] | None = None,
     adapter: Tensor | None = None,
     dropout: float = 0.0,
     seed: int = 0,
@@ -107,27 +110,28 @@ def lora_qkv(
     """Three `lora_linear` of one `x`: one product with their A, one sum for the gradient of x.
 
     Arguments, results and errors are those of `lora_linear`; with dropout the layers use seed, seed + 1 and seed + 2.
+    With `norm`, weight `[K]` and eps, they read `rms_norm(x, *norm)`, which is not kept but made again in the backward.
     """
     layers = {"q": q, "k": k, "v": v}
     flat = [flatten("lora_qkv", name, x, layer, adapter is not None) for name, layer in layers.items()]
-    option = options("lora_qkv", x, flat, adapter, dropout, seed)
+    option = options("lora_qkv", x, flat, adapter, dropout, seed, norm)
     backend = backend_for("lora_qkv", x)
     if backend == "reference":
-        return reference.lora_qkv(x, q, k, v, adapter=adapter, dropout=dropout, seed=seed)
+        return reference.lora_qkv(x, q, k, v, norm=norm, adapter=adapter, dropout=dropout, seed=seed)
     return _lora_qkv(x, *chain(*flat), *option, backend)
 
 
 def _forward(x: Tensor, *arguments: Any) -> Tensor | tuple[Tensor, ...]:
-    *flat, adapter, dropout, seed, _ = arguments
+    *flat, adapter, dropout, seed, norm, eps, _ = arguments
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    option = Options(None if adapter is None else adapter.flatten(), dropout, seed)
+    option = Options(None if adapter is None else adapter.flatten(), dropout, seed, norm, eps)
     with torch.autocast(x.device.type, enabled=False):
-        ys = project(rows, layers_of(flat), option)
+        ys = project(normed(rows, option), layers_of(flat), option)
     return _one_or_all([y.view(*x.shape[:-1], y.shape[-1]) for y in ys])
 
 
 def _fake(x, *arguments):
-    return _one_or_all([x.new_empty(*x.shape[:-1], layer.height) for layer in layers_of(arguments[:-4])])
+    return _one_or_all([x.new_empty(*x.shape[:-1], layer.height) for layer in layers_of(arguments[:-6])])
 
 
 def _one_or_all(tensors: list[Tensor]) -> Tensor | tuple[Tensor, ...]:
@@ -135,16 +139,16 @@ def _one_or_all(tensors: list[Tensor]) -> Tensor | tuple[Tensor, ...]:
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, *flat, adapter, ctx.dropout, ctx.seed, ctx.backend = inputs
+    x, *flat, adapter, ctx.dropout, ctx.seed, norm, ctx.eps, ctx.backend = inputs
     ctx.layers = [Layer(*[None] * TENSORS, *layer[TENSORS:]) for layer in layers_of(flat)]  # type: ignore[arg-type]
-    ctx.save_for_backward(x, adapter, *(tensor for layer in layers_of(flat) for tensor in layer[:TENSORS]))
+    ctx.save_for_backward(x, adapter, norm, *(tensor for layer in layers_of(flat) for tensor in layer[:TENSORS]))
 
 
 def needs_of(ctx: Any, layers: int) -> list[bool]:
-    """Whether x needs its gradient, then for each layer whether the four fields of `Gradients` do."""
+    """Whether x and the norm need their gradients, then for each layer whether the four fields of `Gradients` do."""
     size = len(Layer._fields)
     wanted = ("weight", "bias", "lora_a", "lora_b")
-    needs = [ctx.needs_input_grad[0]]
+    needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1 + layers * size + Options._fields.index("norm")]]
     for i in range(layers):
         needs += [ctx.needs_input_grad[1 + i * size + Layer._fields.index(field)] for field in wanted]
     return needs
@@ -159,51 +163,53 @@ def saved_layers(ctx: Any, tensors: Sequence[Tensor | None]) -> list[Any]:
 
 
 def spread(grads: Sequence[Tensor], needs: Sequence[bool], layers: int) -> list[Tensor | None]:
-    """Gradients of x and of every field of every layer, from those of x and of `Gradients`."""
-    x, *rest = (grad if need else None for grad, need in zip(grads, needs, strict=True))
+    """Gradients of x, every field of every layer and the options, from those of x, the norm and `Gradients`."""
+    x, norm, *rest = (grad if need else None for grad, need in zip(grads, needs, strict=True))
     result = [x]
     for i in range(layers):
         weight, bias, lora_a, lora_b = rest[4 * i : 4 * i + 4]
         result += [weight, None, None, None, None, bias, lora_a, lora_b, *[None] * (len(Layer._fields) - TENSORS)]
-    return result
+    return [*result, None, None, None, norm, None]
 
 
 def _backward_of(name: str) -> Callable[..., Any]:
     def backward(ctx, *grads):
-        x, adapter, *tensors = ctx.saved_tensors
+        x, adapter, norm, *tensors = ctx.saved_tensors
         needs = needs_of(ctx, len(ctx.layers))
-        option = (adapter, ctx.dropout, ctx.seed)
+        option = (adapter, ctx.dropout, ctx.seed, norm, ctx.eps)
         results = _GRADIENTS[name](list(grads), x, *saved_layers(ctx, tensors), *option, needs, ctx.backend)
-        return *spread(results, needs, len(ctx.layers)), None, None, None, None
+        return *spread(results, needs, len(ctx.layers)), None
 
     return backward
 
 
 def _gradient(grads: list[Tensor], x: Tensor, *arguments: Any) -> list[Tensor]:
-    *flat, adapter, dropout, seed, needs, _ = arguments
+    *flat, adapter, dropout, seed, norm, eps, needs, _ = arguments
     layers = layers_of(flat)
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     incoming = [grad.reshape(len(rows), layer.height) for grad, layer in zip(grads, layers, strict=True)]
-    option = Options(None if adapter is None else adapter.flatten(), dropout, seed)
+    option = Options(None if adapter is None else adapter.flatten(), dropout, seed, norm, eps)
     with torch.autocast(x.device.type, enabled=False):
-        grad_x, results = project_gradient(incoming, rows, layers, option, grouped(needs))
-    return filled(None if grad_x is None else grad_x.view(x.shape), results, x)
+        grad, results = project_gradient(incoming, normed(rows, option), layers, option, grouped(needs))
+        grad_x, grad_norm = normed_gradient(grad, rows, option)
+    return filled(grad_x, grad_norm, results, x)
 
 
 def grouped(needs: Sequence[bool]) -> list[Sequence[bool]]:
-    """[needs of x], then the four of each layer."""
-    return [needs[:1], *(needs[i : i + 4] for i in range(1, len(needs), 4))]
+    """[whether what the layers read needs its gradient], then the four of each layer."""
+    return [[needs[0] or needs[1]], *(needs[i : i + 4] for i in range(2, len(needs), 4))]
 
 
-def filled(grad_x: Tensor | None, results: Sequence[Gradients], x: Tensor) -> list[Tensor]:
+def filled(grad_x: Tensor | None, grad_norm: Tensor | None, results: Sequence[Gradients], x: Tensor) -> list[Tensor]:
     """A registered op returns tensors only: empty ones stand for gradients that nobody needs."""
-    grads = [grad_x, *(grad for result in results for grad in result)]
+    grad_x = None if grad_x is None else grad_x.view(x.shape)
+    grads = [grad_x, grad_norm, *(grad for result in results for grad in result)]
     return [x.new_empty(0) if grad is None else grad for grad in grads]
 
 
-def fake_gradients(x: Tensor, layers: Sequence[Layer], needs: Sequence[bool]) -> list[Tensor]:
-    """Empty gradients of x and of every layer's `Gradients`."""
-    tensors = [x, *(t for layer in layers for t in (layer.weight, layer.bias, layer.lora_a, layer.lora_b))]
+def fake_gradients(x: Tensor, norm: Tensor | None, layers: Sequence[Layer], needs: Sequence[bool]) -> list[Tensor]:
+    """Empty gradients of x, the norm and every layer's `Gradients`."""
+    tensors = [x, norm, *(t for layer in layers for t in (layer.weight, layer.bias, layer.lora_a, layer.lora_b))]
     return [
         torch.empty_like(t, memory_format=torch.contiguous_format) if t is not None and need else x.new_empty(0)
         for t, need in zip(tensors, needs, strict=True)
@@ -211,10 +217,10 @@ def fake_gradients(x: Tensor, layers: Sequence[Layer], needs: Sequence[bool]) ->
 
 
 def _fake_gradient(grads, x, *arguments):
-    return fake_gradients(x, layers_of(arguments[:-5]), arguments[-2])
+    return fake_gradients(x, arguments[-4], layers_of(arguments[:-7]), arguments[-2])
 
 
-OPTIONS = "Tensor? adapter, float dropout, SymInt seed"
+OPTIONS = "Tensor? adapter, float dropout, SymInt seed, Tensor? norm, float eps"
 _GRADIENTS: dict[str, Callable[..., Any]] = {}
 
 

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from posttrain.ops import nf4, reference
+from posttrain.ops import nf4, reference, rms_norm
 from posttrain.ops.nf4_weight import NF4Weight
 
 _TILE = 1 << 22  # elements of x or dy that the gradient takes at a time
@@ -80,6 +80,16 @@ TENSORS = 8  # the first fields of Layer
 _TYPES = (*["Tensor"], *["Tensor?"] * 7, *["SymInt"] * 4, "float[]")
 
 
+class Options(NamedTuple):
+    """What holds for all layers of an op."""
+
+    adapter: Tensor | None  # int64 [T]
+    dropout: float
+    seed: int
+    norm: Tensor | None = None  # weight [K] of the norm that x passes first
+    eps: float = 0.0
+
+
 def flatten(op: str, name: str, x: Tensor, layer: LoraLayer, several: bool) -> Layer:
     """`layer`, called `name` in errors, checked against `x` `[..., K]`; `several` if its rows name their adapter."""
     weight, lora_a, lora_b, _, bias = layer
@@ -130,20 +140,32 @@ def _adapters(where: str, layer: LoraLayer, several: bool) -> tuple[Tensor | Non
 
 
 def options(
-    op: str, x: Tensor, layers: Sequence[Layer], adapter: Tensor | None, dropout: float, seed: int
-) -> tuple[Tensor | None, float, int]:
-    """The checked fields of `Options`."""
+    op: str,
+    x: Tensor,
+    layers: Sequence[Layer],
+    adapter: Tensor | None,
+    dropout: float,
+    seed: int,
+    norm: tuple[Tensor, float] | None = None,
+) -> Options:
+    """Checked options; `adapter` keeps the shape of x."""
+    weight, eps = norm or (None, 0.0)
+    if weight is not None and (weight.shape != x.shape[-1:] or weight.device != x.device):
+        raise ValueError(
+            f"{op}: the norm's weight must be {list(x.shape[-1:])} on {x.device}; "
+            f"got {list(weight.shape)} on {weight.device}"
+        )
     if not 0 <= dropout < 1:
         raise ValueError(f"{op}: dropout must be at least 0 and below 1, got {dropout}")
     if adapter is None:
-        return None, float(dropout), seed
+        return Options(None, float(dropout), seed, weight, eps)
     if adapter.shape != x.shape[:-1] or adapter.dtype != torch.int64 or adapter.device != x.device:
         raise ValueError(
             f"{op}: adapter must be int64 {list(x.shape[:-1])} on {x.device}; "
             f"got {adapter.dtype} {list(adapter.shape)} on {adapter.device}"
         )
     _check_range(op, adapter, min((len(layer.scaling) for layer in layers if layer.scaling), default=0))
-    return adapter, float(dropout), seed
+    return Options(adapter, float(dropout), seed, weight, eps)
 
 
 def _check_range(op: str, adapter: Tensor, adapters: int) -> None:
@@ -170,14 +192,6 @@ def layers_of(flat: Sequence) -> list[Layer]:
     return [Layer(*flat[i : i + size]) for i in range(0, len(flat), size)]
 
 
-class Options(NamedTuple):
-    """What holds for all layers of an op."""
-
-    adapter: Tensor | None  # int64 [T]
-    dropout: float
-    seed: int
-
-
 class Gradients(NamedTuple):
     """Of one layer; None for what nobody needs."""
 
@@ -199,6 +213,25 @@ class _Bundle(NamedTuple):
         """Rows of x̃, without its factor 1 / (1 - p), wide."""
         tile = x[rows].to(self.lora_a.dtype)
         return tile if self.dropped is None else tile.masked_fill(self.dropped[rows], 0)
+
+
+def normed(x: Tensor, options: Options) -> Tensor:
+    """x `[T, K]`, through the norm if there is one."""
+    if options.norm is None:
+        return x
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return rms_norm._cpu_forward(x.to(wide), options.norm, options.eps, None)[0].to(x.dtype)
+
+
+def normed_gradient(grad: Tensor | None, x: Tensor, options: Options) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of x and of the norm's weight, from that of the normed x. The statistics are made again."""
+    if grad is None or options.norm is None:
+        return grad, None
+    wide = torch.promote_types(x.dtype, torch.float32)
+    rows = x.to(wide)
+    rstd = rms_norm._cpu_forward(rows, options.norm, options.eps, None)[2]
+    grad_x, grad_norm = rms_norm._cpu_backward(grad.to(wide), None, rows, options.norm, rstd)
+    return grad_x.to(x.dtype), grad_norm
 
 
 def project(x: Tensor, layers: Sequence[Layer], options: Options) -> list[Tensor]:

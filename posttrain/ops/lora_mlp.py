@@ -32,6 +32,8 @@ from posttrain.ops.lora_layer import (
     Options,
     flatten,
     layers_of,
+    normed,
+    normed_gradient,
     options,
     project,
     project_gradient,
@@ -48,6 +50,7 @@ def lora_mlp(
     down: LoraLayer,
     activation: Literal["silu", "gelu", "gelu_tanh"] = "silu",
     *,
+    norm: tuple[Tensor, float] | None = None,
     adapter: Tensor | None = None,
     dropout: float = 0.0,
     seed: int = 0,
@@ -59,6 +62,7 @@ def lora_mlp(
         gate, up: layers from H to F.
         down: layer from F to H.
         activation: silu for SwiGLU; gelu, or its tanh form, for GeGLU.
+        norm: weight `[H]` and eps of an `rms_norm` that x passes first; its result is made again in the backward.
         adapter, dropout, seed: as of `lora_linear`, for all three layers; with dropout they use seed, seed + 1 and
             seed + 2.
 
@@ -77,29 +81,31 @@ def lora_mlp(
         raise ValueError(
             f"lora_mlp: gate and up must have one shape, got {list(gate.weight.shape)} and {list(up.weight.shape)}"
         )
-    option = options("lora_mlp", x, flat, adapter, dropout, seed)
+    option = options("lora_mlp", x, flat, adapter, dropout, seed, norm)
     backend = backend_for("lora_mlp", x)
     if backend == "reference":
-        return reference.lora_mlp(x, gate, up, down, activation, adapter=adapter, dropout=dropout, seed=seed)
+        return reference.lora_mlp(x, gate, up, down, activation, norm=norm, adapter=adapter, dropout=dropout, seed=seed)
     return _lora_mlp(x, *chain(*flat), *option, activation, backend)[0]
 
 
 def _forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """(y, g, u)."""
-    *flat, adapter, dropout, seed, activation, backend = arguments
+    *flat, adapter, dropout, seed, norm, eps, activation, backend = arguments
     gate, up, down = layers_of(flat)
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    outer, inner = _options(adapter, dropout, seed)
+    outer, inner = _options(adapter, dropout, seed, norm, eps)
     with torch.autocast(x.device.type, enabled=False):
-        left, right = project(rows, (gate, up), outer)
+        left, right = project(normed(rows, outer), (gate, up), outer)
         (y,) = project(_gated(left, right, activation, backend), (down,), inner)
     return y.view(*x.shape[:-1], y.shape[-1]), left, right
 
 
-def _options(adapter: Tensor | None, dropout: float, seed: int) -> tuple[Options, Options]:
+def _options(
+    adapter: Tensor | None, dropout: float, seed: int, norm: Tensor | None, eps: float
+) -> tuple[Options, Options]:
     """Of gate and up, and of down."""
     adapter = None if adapter is None else adapter.flatten()
-    return Options(adapter, dropout, seed), Options(adapter, dropout, seed + 2)
+    return Options(adapter, dropout, seed, norm, eps), Options(adapter, dropout, seed + 2)
 
 
 def _gated(left: Tensor, right: Tensor, activation: str, backend: str) -> Tensor:
@@ -115,38 +121,38 @@ def _gated_gradient(grad: Tensor, left: Tensor, right: Tensor, activation: str, 
 
 
 def _fake(x, *arguments):
-    gate, up, down = layers_of(arguments[:-5])
+    gate, up, down = layers_of(arguments[:-7])
     rows = x.shape[:-1].numel()
     y = x.new_empty(*x.shape[:-1], down.height)
     return y, x.new_empty(rows, gate.height), x.new_empty(rows, up.height)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, *flat, adapter, ctx.dropout, ctx.seed, ctx.activation, ctx.backend = inputs
+    x, *flat, adapter, ctx.dropout, ctx.seed, norm, ctx.eps, ctx.activation, ctx.backend = inputs
     _, left, right = output
     ctx.mark_non_differentiable(left, right)
     ctx.set_materialize_grads(False)
     ctx.layers = [Layer(*[None] * TENSORS, *layer[TENSORS:]) for layer in layers_of(flat)]  # type: ignore[arg-type]
     tensors = (tensor for layer in layers_of(flat) for tensor in layer[:TENSORS])
-    ctx.save_for_backward(x, left, right, adapter, *tensors)
+    ctx.save_for_backward(x, left, right, adapter, norm, *tensors)
 
 
 def _backward(ctx, grad, *_):
     if grad is None:
         return (None,) * len(ctx.needs_input_grad)
-    x, left, right, adapter, *tensors = ctx.saved_tensors
+    x, left, right, adapter, norm, *tensors = ctx.saved_tensors
     needs = needs_of(ctx, 3)
-    option = (adapter, ctx.dropout, ctx.seed, ctx.activation)
+    option = (adapter, ctx.dropout, ctx.seed, norm, ctx.eps, ctx.activation)
     layers = saved_layers(ctx, tensors)
     results = _lora_mlp_backward(grad, left, right, x, *layers, *option, needs, ctx.backend)
-    return *spread(results, needs, 3), None, None, None, None, None
+    return *spread(results, needs, 3), None, None
 
 
 def _gradient(grad: Tensor, left: Tensor, right: Tensor, x: Tensor, *arguments: Any) -> list[Tensor]:
-    *flat, adapter, dropout, seed, activation, needs, backend = arguments
+    *flat, adapter, dropout, seed, norm, eps, activation, needs, backend = arguments
     gate, up, down = layers_of(flat)
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    outer, inner = _options(adapter, dropout, seed)
+    outer, inner = _options(adapter, dropout, seed, norm, eps)
     needs_x, *needs_layers = grouped(needs)
     with torch.autocast(x.device.type, enabled=False):
         hidden = _gated(left, right, activation, backend)
@@ -156,12 +162,14 @@ def _gradient(grad: Tensor, left: Tensor, right: Tensor, x: Tensor, *arguments: 
         del hidden
         grads = _gated_gradient(grad_hidden, left, right, activation, backend)
         del grad_hidden
-        grad_x, above = project_gradient(grads, rows, (gate, up), outer, (needs_x, *needs_layers[:2]))
-    return filled(None if grad_x is None else grad_x.view(x.shape), [*above, *below], x)
+        source = normed(rows, outer)
+        grad_source, above = project_gradient(grads, source, (gate, up), outer, (needs_x, *needs_layers[:2]))
+        grad_x, grad_norm = normed_gradient(grad_source, rows, outer)
+    return filled(grad_x, grad_norm, [*above, *below], x)
 
 
 def _fake_gradient(grad, left, right, x, *arguments):
-    return fake_gradients(x, layers_of(arguments[:-6]), arguments[-2])
+    return fake_gradients(x, arguments[-5], layers_of(arguments[:-8]), arguments[-2])
 
 
 _PROBLEM = f"Tensor x, {schema('gate', 'up', 'down')}, {OPTIONS}, str activation"

@@ -180,17 +180,27 @@ def dropped(x: Tensor, share: float, seed: int) -> Tensor:
     return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(share, generator=generator)
 
 
+def _normed(x: Tensor, norm: tuple[Tensor, float] | None) -> Tensor:
+    if norm is None:
+        return x
+    y = rms_norm(x, *norm)
+    assert isinstance(y, Tensor)
+    return y
+
+
 def lora_qkv(
     x: Tensor,
     q: "LoraLayer",
     k: "LoraLayer",
     v: "LoraLayer",
     *,
+    norm: tuple[Tensor, float] | None = None,
     adapter: Tensor | None = None,
     dropout: float = 0.0,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`posttrain.ops.lora_qkv`."""
+    x = _normed(x, norm)
     return (
         lora_linear(x, *q, adapter=adapter, dropout=dropout, seed=seed),
         lora_linear(x, *k, adapter=adapter, dropout=dropout, seed=seed + 1),
@@ -205,11 +215,13 @@ def lora_mlp(
     down: "LoraLayer",
     activation: str = "silu",
     *,
+    norm: tuple[Tensor, float] | None = None,
     adapter: Tensor | None = None,
     dropout: float = 0.0,
     seed: int = 0,
 ) -> Tensor:
     """`posttrain.ops.lora_mlp`."""
+    x = _normed(x, norm)
     left = lora_linear(x, *gate, adapter=adapter, dropout=dropout, seed=seed)
     right = lora_linear(x, *up, adapter=adapter, dropout=dropout, seed=seed + 1)
     if activation == "silu":

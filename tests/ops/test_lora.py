@@ -343,6 +343,17 @@ def test_qkv_agrees_with_the_reference(dtype, dropout) -> None:
     check(ours, truth, [x, *tensors])
 
 
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_qkv_of_a_normed_x(dtype) -> None:
+    x, layers = qkv(dtype)
+
+    def call(op):
+        return lambda x, w, *t: of_layers(partial(op, norm=(w, 1e-5)), layers)[0](x, *t)
+
+    check(call(lora_qkv), call(reference.lora_qkv), [x, 1 + x[0, 0], *of_layers(lora_qkv, layers)[1]])
+
+
 @pytest.mark.parametrize("dtype", HALF)
 def test_qkv_in_half_precision(dtype) -> None:
     x, layers = qkv(dtype)
@@ -365,6 +376,14 @@ def test_qkv_gradcheck_also_where_one_output_is_unused() -> None:
     inputs = [t.detach().clone().requires_grad_() for t in (x[:1, :3, :5], *tensors)]
     assert torch.autograd.gradcheck(ours, inputs, eps=1e-6, atol=1e-8, rtol=1e-6)
     assert torch.autograd.gradcheck(lambda *t: ours(*t)[2], inputs, eps=1e-6, atol=1e-8, rtol=1e-6)
+
+
+def test_qkv_gradcheck_through_the_norm() -> None:
+    x, (layer, *_) = qkv(torch.float64)
+    small = LoraLayer(layer.weight[:4, :5], layer.lora_a[:2, :5], layer.lora_b[:4, :2], 0.75)
+    op = lambda x, w, a: lora_qkv(x, small._replace(lora_a=a), small, small, norm=(w, 1e-5))  # noqa: E731
+    inputs = [t.clone().requires_grad_() for t in (8 * x[0, :4, :5], 1 + x[1, 0, :5], small.lora_a)]
+    assert torch.autograd.gradcheck(op, inputs, eps=1e-6, atol=1e-8, rtol=1e-6)
 
 
 def test_qkv_with_an_nf4_base_and_several_adapters() -> None:
@@ -397,11 +416,11 @@ def flat(dtype: torch.dtype, adapters: bool = False, nf4: bool = False) -> tuple
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALF])
 def test_opcheck(dtype) -> None:
     for kind in ({}, {"adapters": True}, {"nf4": True}):
-        torch.library.opcheck(torch.ops.posttrain.lora_linear, (*flat(dtype, **kind), 0.1, 3, "cpu"))
+        torch.library.opcheck(torch.ops.posttrain.lora_linear, (*flat(dtype, **kind), 0.1, 3, None, 0.0, "cpu"))
         x, *layer, adapter = flat(dtype, **kind)
         grads = [torch.ones(len(x), layer[8], dtype=dtype)]
-        needs = [True, "nf4" not in kind, True, True, True]
-        arguments = (grads, x, *layer, adapter, 0.1, 3, needs, "cpu")
+        needs = [True, False, "nf4" not in kind, True, True, True]
+        arguments = (grads, x, *layer, adapter, 0.1, 3, None, 0.0, needs, "cpu")
         torch.library.opcheck(
             torch.ops.posttrain.lora_linear_backward, arguments, test_utils=("test_schema", "test_faketensor")
         )
@@ -409,7 +428,8 @@ def test_opcheck(dtype) -> None:
             torch.ops.posttrain.lora_adapted_norm, [t.detach() if isinstance(t, Tensor) else t for t in layer]
         )
     x, *layer, _ = flat(dtype)
-    torch.library.opcheck(torch.ops.posttrain.lora_qkv, (x, *layer, *layer, *layer, None, 0.0, 0, "cpu"))
+    norm = torch.ones(20, dtype=dtype, requires_grad=True)
+    torch.library.opcheck(torch.ops.posttrain.lora_qkv, (x, *layer, *layer, *layer, None, 0.0, 0, norm, 1e-6, "cpu"))
 
 
 def test_compiles_without_graph_breaks_to_the_same_bits() -> None:
@@ -466,6 +486,8 @@ def test_wrong_adapter_names() -> None:
         lora_linear(x, weight, a, b, adapter=adapter + 1)
     with pytest.raises(ValueError, match=r"lora_qkv: v: weight must be torch.float32"):
         lora_qkv(x, LoraLayer(weight), LoraLayer(weight), LoraLayer(weight.half()))
+    with pytest.raises(ValueError, match=r"lora_qkv: the norm's weight must be \[30\] on cpu; got \[20\] on cpu"):
+        lora_qkv(x, *[LoraLayer(weight)] * 3, norm=(torch.ones(20), 1e-6))
     with pytest.raises(ValueError, match=r"scaling must be 3 numbers, got 2"):
         lora_linear(x, weight, a, b, (1.0, 2.0), adapter=adapter)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.nn import functional
 
 from posttrain import ops
 from posttrain.ops import LoraLayer, lora_linear, lora_mlp, lora_qkv, quantize_nf4, reference
+from posttrain.ops.layout import PackedLayout
 from posttrain.ops.lora_layer import flatten
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
@@ -55,6 +57,20 @@ def plain(activation: str, x: Tensor, *t: Tensor) -> Tensor:
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_agrees_with_the_reference(activation, shape, dtype) -> None:
     check(of(lora_mlp, activation), of(reference.lora_mlp, activation), operands(*shape, dtype))
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALF])
+def test_a_normed_x(dtype) -> None:
+    x, *rest = operands(20, 16, 24, 4, dtype)
+
+    def call(op):
+        return lambda x, w, *t: of(op, norm=(w, 1e-5))(x, *t)
+
+    def peer(x, w, *t):
+        return plain("silu", functional.rms_norm(x, x.shape[-1:], w, 1e-5), *t)
+
+    check(call(lora_mlp), call(reference.lora_mlp), [4 * x, (1 + x[0]) / 4, *rest], peer)
 
 
 def test_the_reference_is_the_plain_mlp() -> None:
@@ -132,74 +148,80 @@ def saved_bytes(run: Callable[[], Tensor], parameters: Iterable[Tensor]) -> int:
 
 
 class Peft:
-    """PEFT's own layers q, k, v, o, gate, up and down, and their adapters as ours take them."""
+    """The linear layers `names` of `model` in PEFT's LoRA, and as ours take them."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module, names: list[str]) -> None:
         from peft import LoraConfig, inject_adapter_in_model
 
-        shapes = {"q": (WIDTH, WIDTH), "k": (WIDTH, 32), "v": (WIDTH, 32), "o": (WIDTH, WIDTH)}
-        shapes |= {"gate": (WIDTH, INNER), "up": (WIDTH, INNER), "down": (INNER, WIDTH)}
         torch.manual_seed(0)
-        layers = nn.ModuleDict({name: nn.Linear(*shape, bias=False) for name, shape in shapes.items()})
-        config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=list(shapes), init_lora_weights=False)
-        inject_adapter_in_model(config, layers)
-        self.layers = layers
+        config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=names, init_lora_weights=False)
+        inject_adapter_in_model(config, model)
+        self.layers: dict[str, Any] = {
+            path.rpartition(".")[2]: module for path, module in model.named_modules() if hasattr(module, "lora_A")
+        }
 
     def ours(self, name: str) -> LoraLayer:
         layer = self.layers[name]
         a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
         return LoraLayer(layer.base_layer.weight, a, b, layer.scaling["default"])
 
-    def mlp(self, x: Tensor) -> Tensor:
-        return self.layers["down"](functional.silu(self.layers["gate"](x)) * self.layers["up"](x))
-
 
 def test_equals_pefts_layers_and_keeps_at_most_three_fifths_of_their_activations() -> None:
-    peft = Peft()
+    shapes = {"gate": (WIDTH, INNER), "up": (WIDTH, INNER), "down": (INNER, WIDTH)}
+    model = nn.ModuleDict({name: nn.Linear(*shape, bias=False) for name, shape in shapes.items()})
+    peft = Peft(model, list(shapes))
+    mine = [peft.ours(name) for name in shapes]
     x = randn(TOKENS, WIDTH, seed=1).requires_grad_()
-    mine = [peft.ours(name) for name in ("gate", "up", "down")]
-    parameters = [x, *(p for p in peft.layers.parameters() if p.requires_grad)]
-    y, expected = lora_mlp(x, *mine), peft.mlp(x)
+
+    def mlp(x: Tensor) -> Tensor:
+        return model["down"](functional.silu(model["gate"](x)) * model["up"](x))
+
+    y, expected = lora_mlp(x, *mine), mlp(x)
     torch.testing.assert_close(y, expected)
-    used = [p for p in parameters if p is x or any(p is t for layer in mine for t in layer)]
+    used = [x, *(p for p in model.parameters() if p.requires_grad)]
     for a, b in zip(*(torch.autograd.grad(out.square().sum(), used) for out in (y, expected)), strict=True):
         torch.testing.assert_close(a, b)
-    every = list(peft.layers.parameters())
-    ours, theirs = saved_bytes(lambda: lora_mlp(x, *mine), every), saved_bytes(lambda: peft.mlp(x), every)
+    every = list(model.parameters())
+    ours, theirs = saved_bytes(lambda: lora_mlp(x, *mine), every), saved_bytes(lambda: mlp(x), every)
     assert ours == 4 * TOKENS * (WIDTH + 2 * INNER)
     assert ours <= 0.6 * theirs
 
 
-def decoder_layer(x: Tensor, norms: nn.ParameterList, layer, qkv, mlp) -> Tensor:
-    """A decoder layer without rotary embedding, its attention our own."""
-    from posttrain.ops.layout import PackedLayout
+def test_a_decoder_layer_keeps_at_most_three_fifths_of_what_it_keeps_with_peft() -> None:
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
-    y = ops.rms_norm(x, norms[0])
-    q, k, v = qkv(y)
-    layout = PackedLayout.from_lengths([len(x)])
-    attended = ops.packed_attention(*(t.view(len(x), -1, WIDTH // HEADS) for t in (q, k, v)), layout)
-    x = x + layer(attended.reshape(len(x), -1))
-    return x + mlp(ops.rms_norm(x, norms[1]))
-
-
-def test_a_decoder_layer_keeps_less_than_with_pefts_layers() -> None:
-    peft = Peft()
-    x = randn(TOKENS, WIDTH, seed=1).requires_grad_()
-    norms = nn.ParameterList([torch.ones(WIDTH), torch.ones(WIDTH)]).requires_grad_(False)
-    layers = {name: peft.ours(name) for name in peft.layers}
+    config = LlamaConfig(
+        hidden_size=WIDTH,
+        intermediate_size=INNER,
+        num_attention_heads=HEADS,
+        num_key_value_heads=2,
+        attn_implementation="sdpa",
+    )
+    layer = LlamaDecoderLayer(config, 0).requires_grad_(False)
+    names = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
+    peft = Peft(layer, names)
+    qkv, o, mlp = ([peft.ours(name) for name in part] for part in (names[:3], names[3:4], names[4:]))
+    x = randn(1, TOKENS, WIDTH, seed=1).requires_grad_()
+    cos, sin = LlamaRotaryEmbedding(config)(x, torch.arange(TOKENS)[None])
+    layout = PackedLayout.from_lengths([TOKENS])
 
     def ours() -> Tensor:
-        qkv = partial(lora_qkv, q=layers["q"], k=layers["k"], v=layers["v"])
-        mlp = partial(lora_mlp, gate=layers["gate"], up=layers["up"], down=layers["down"])
-        return decoder_layer(x, norms, lambda t: lora_linear(t, *layers["o"]), qkv, mlp)
+        norm = layer.input_layernorm
+        q, k, v = (
+            t.view(1, TOKENS, -1, WIDTH // HEADS) for t in lora_qkv(x, *qkv, norm=(norm.weight, norm.variance_epsilon))
+        )
+        q, k = ops.rope(q, k, cos, sin, unsqueeze_dim=2)
+        middle = x + lora_linear(ops.packed_attention(q[0], k[0], v[0], layout).view(1, TOKENS, WIDTH), *o[0])
+        norm = layer.post_attention_layernorm
+        return middle + lora_mlp(middle, *mlp, norm=(norm.weight, norm.variance_epsilon))
 
     def theirs() -> Tensor:
-        qkv = lambda t: tuple(peft.layers[name](t) for name in ("q", "k", "v"))  # noqa: E731
-        return decoder_layer(x, norms, peft.layers["o"], qkv, peft.mlp)
+        return layer(x, position_embeddings=(cos, sin))
 
     torch.testing.assert_close(ours(), theirs())
-    every = [*peft.layers.parameters(), *norms]
-    assert saved_bytes(ours, every) <= 0.75 * saved_bytes(theirs, every)
+    every = list(layer.parameters())
+    assert saved_bytes(ours, every) <= 0.6 * saved_bytes(theirs, every)
 
 
 # Registration, errors
@@ -208,10 +230,11 @@ def test_a_decoder_layer_keeps_less_than_with_pefts_layers() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALF])
 def test_opcheck(dtype) -> None:
     x, *t = (p.detach().requires_grad_() for p in operands(6, 5, 7, 2, dtype))
+    norm = torch.ones(5, dtype=dtype, requires_grad=True)
     sources = (x, x, x.new_empty(0, 7))
     layers = [LoraLayer(*t[i : i + 3]) for i in (0, 3, 6)]
     flat = [f for s, layer in zip(sources, layers, strict=True) for f in flatten("lora_mlp", "layer", s, layer, False)]
-    torch.library.opcheck(torch.ops.posttrain.lora_mlp, (x, *flat, None, 0.1, 3, "silu", "cpu"))
+    torch.library.opcheck(torch.ops.posttrain.lora_mlp, (x, *flat, None, 0.1, 3, norm, 1e-6, "silu", "cpu"))
 
 
 def test_compiles_without_graph_breaks_to_the_same_bits() -> None:
