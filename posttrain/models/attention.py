@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from posttrain.models.mask import DenseMask, PackedMask, packed_mask
+from posttrain.models.mask import PackedMask, packed_mask
 from posttrain.ops import packed_attention
 from posttrain.ops.layout import PackedLayout
 
@@ -90,9 +90,7 @@ def _checked(
 ) -> Tensor | None:
     """The mask for "sdpa", if it doesn't come from the caller and attention doesn't look ahead."""
     whole = query.shape[2] == key.shape[2] > 1
-    if isinstance(mask, DenseMask):
-        return mask.as_subclass(Tensor)
-    if isinstance(mask, Tensor) and (mask.dtype != torch.bool or whole) and not torch.compiler.is_compiling():
+    if mask is not None and (mask.dtype != torch.bool or whole) and not torch.compiler.is_compiling():
         raise ValueError(
             f"attention 'posttrain' takes no masks of four dimensions, got {list(mask.shape)} {mask.dtype}; "
             "give a PackedLayout as layout, position_ids or a mask of two dimensions, or use attn_implementation='sdpa'"

@@ -14,7 +14,7 @@ This relies on the keywords with which transformers (5.17 and 5.23 were tried) c
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,10 +23,6 @@ from transformers.masking_utils import sdpa_mask
 from posttrain.ops.layout import PackedLayout
 
 Sees = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-
-
-class DenseMask(Tensor):
-    """A mask of four dimensions that was a `PackedMask`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +38,7 @@ class PackedMask:
         device: of the model's tensors.
     """
 
+    ndim: ClassVar[int] = 4  # not a padding mask, if it comes back as the `attention_mask` of a forward
     rows: int
     length: int
     sees: Sees
@@ -77,17 +74,9 @@ class PackedMask:
             )
         return torch.nn.functional.pad(~continues, (min(self.length, 1), 0), value=True)
 
-    def contiguous(self) -> DenseMask:
-        """The mask as a tensor, which `generate` asks for before the forward if its cache is static."""
-        shape = self.rows, self.length, self.length
-        mask: Any = sdpa_mask(
-            *shape,
-            mask_function=self.sees,
-            attention_mask=self.real,
-            allow_is_causal_skip=False,
-            device=self.device,
-        )
-        return mask.contiguous().as_subclass(DenseMask)
+    def contiguous(self) -> "PackedMask":
+        """Itself: `generate` with a static cache makes the mask before the forward, and asks this of it."""
+        return self
 
 
 def packed_mask(
@@ -98,7 +87,7 @@ def packed_mask(
     q_offset: int,
     kv_offset: int,
     mask_function: Sees,
-    attention_mask: Tensor | None,
+    attention_mask: PackedMask | Tensor | None,
     local_size: int | None = None,
     use_vmap: bool = False,
     device: torch.device | str,
@@ -110,8 +99,11 @@ def packed_mask(
     while torch.compile traces, what "sdpa" gets. Raises `ValueError` for a mask that a model makes of a function of
     its own.
     """
+    if isinstance(attention_mask, PackedMask):
+        return attention_mask
     whole = q_length == kv_length and kv_offset == 0 and isinstance(q_offset, int) and q_offset == 0
-    if whole and not torch.compiler.is_compiling():
+    fitting = attention_mask is None or attention_mask.shape == (batch_size, q_length)
+    if whole and fitting and not torch.compiler.is_compiling():
         if use_vmap:
             raise ValueError(
                 "attention 'posttrain' has no masks of a model's own; use attn_implementation='sdpa' for this model"
