@@ -415,7 +415,7 @@ def flat(dtype: torch.dtype, adapters: bool = False, nf4: bool = False) -> tuple
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALF])
 def test_opcheck(dtype) -> None:
-    for kind in ({}, {"adapters": True}, {"nf4": True}):
+    for kind in ({}, {"adapters": True}, {"nf4": True}) if dtype == torch.float32 else ({},):
         torch.library.opcheck(torch.ops.posttrain.lora_linear, (*flat(dtype, **kind), 0.1, 3, None, 0.0, "cpu"))
         x, *layer, adapter = flat(dtype, **kind)
         grads = [torch.ones(len(x), layer[8], dtype=dtype)]

@@ -127,7 +127,6 @@ def test_product_agrees_with_the_reference(nested, shape, dtype) -> None:
     weight = quantize_nf4(matrix(*shape), nested=nested)
     for rows in ROWS:
         x, bias = matrix(rows, shape[1], 1).to(dtype), matrix(1, shape[0], 2)[0].to(dtype)
-        check(partial(nf4_linear, weight=weight), partial(reference.nf4_linear, weight=weight), [x])
         check(
             lambda x, bias: nf4_linear(x, weight, bias),
             lambda x, bias: reference.nf4_linear(x, weight, bias),
