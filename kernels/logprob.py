@@ -29,6 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from posttrain.kernels.math import tanh
 from posttrain.ops.logprob_problem import IGNORED, Grads, Needs, Problem
 
 
@@ -68,19 +69,6 @@ _LOWEST = tl.constexpr(-1e30)  # stands for a logit of -infinity: products with 
 
 
 @triton.jit
-def _tanh(x):
-    square = x * x
-    near = -5.70498872745e-3
-    near = near * square + 2.06390887954e-2
-    near = near * square - 5.37397155531e-2
-    near = near * square + 1.33314422036e-1
-    near = near * square - 3.33332819422e-1
-    e = tl.exp(-2.0 * tl.abs(x))
-    far = (1.0 - e) / (1.0 + e)
-    return tl.where(tl.abs(x) < 0.625, x + x * square * near, tl.where(x < 0, -far, far))
-
-
-@triton.jit
 def _log1p(x):
     """log(1 + x) for 0 <= x <= 1, as 2 atanh(x / (2 + x)): tiny x stay exact, which log(1 + x) would round away."""
     w = x / (2.0 + x)
@@ -99,7 +87,7 @@ def _log1p(x):
 def _scaled(raw, inner, outer, SOFTCAP: tl.constexpr):
     """Logits z from raw logits."""
     if SOFTCAP:
-        return outer * _tanh(raw * inner)
+        return outer * tanh(raw * inner)
     return raw * inner
 
 

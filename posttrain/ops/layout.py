@@ -128,14 +128,16 @@ class PackedLayout:
 
     @cached_property
     def schedule(self) -> Tensor:
-        """For blocks of `BLOCK` tokens, int32 `[2, blocks]`: largest `visible_until`, and start of the first's tree.
+        """For blocks of `BLOCK` tokens, int32 `[3, blocks]`.
 
-        Computed once, on the device, without synchronising it; zeros fill it up to a multiple of 4 blocks.
+        The rows are the largest `visible_until`, the smallest, and the start of the first token's tree. Computed once,
+        on the device, without synchronising it; zeros fill it up to a multiple of 4 blocks.
         """
         until = torch.nn.functional.pad(self.visible_until, (0, -self.num_tokens % (4 * BLOCK)))
         index = torch.arange(len(until), dtype=torch.int32, device=until.device)
         starts = torch.where(until.cummax(0).values.roll(1) <= index, index, 0) if len(until) else until
-        return torch.stack([until.view(-1, BLOCK).amax(1), starts.cummax(0).values[::BLOCK]])
+        blocks = until.view(-1, BLOCK)
+        return torch.stack([blocks.amax(1), blocks.amin(1), starts.cummax(0).values[::BLOCK]])
 
     @cached_property
     def varlen(self) -> Varlen:

@@ -1,7 +1,7 @@
 """Compile every Triton kernel for every architecture, without a GPU, and print what each one needs, as JSON.
 
-Run in a process of its own, without TRITON_INTERPRET: `python tests/kernels/aot.py`. Every module of posttrain.kernels
-has a function `ahead_of_time()` that yields `AheadOfTime` tuples, its kernels with their production block sizes:
+Run in a process of its own, without TRITON_INTERPRET: `python tests/kernels/aot.py`. A module of posttrain.kernels that
+launches kernels has a function `ahead_of_time()` that yields them with their production block sizes, as tuples:
 
     (name, jit function, signature {argument: type}, constexprs {argument: value}, options {"num_warps": ...})
 
@@ -57,9 +57,15 @@ def _resources(cubin: bytes) -> dict[str, int]:
     return {key: int(value) for key, value in (word.split(":")[:2] for word in words if ":" in word) if value.isdigit()}
 
 
+def launching_modules() -> list[str]:
+    """The modules of posttrain.kernels that launch kernels; the others hold device functions."""
+    names = [found.name for found in pkgutil.iter_modules(posttrain.kernels.__path__)]
+    return [name for name in names if hasattr(import_module(f"posttrain.kernels.{name}"), "ahead_of_time")]
+
+
 def main(modules: list[str]) -> None:
     """Print one JSON object per kernel and architecture of these modules of posttrain.kernels, or of all."""
-    for module in modules or [found.name for found in pkgutil.iter_modules(posttrain.kernels.__path__)]:
+    for module in modules or launching_modules():
         for entry in import_module(f"posttrain.kernels.{module}").ahead_of_time():
             options = entry[-1]
             only = options.pop("capability", None)

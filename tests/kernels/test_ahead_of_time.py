@@ -2,17 +2,12 @@
 
 import json
 import os
-import pkgutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from aot import SHARED_MEMORY
-
-import posttrain.kernels
-
-_MODULES = [module.name for module in pkgutil.iter_modules(posttrain.kernels.__path__)]
+from aot import SHARED_MEMORY, launching_modules
 
 
 def _compile(module: str) -> list[dict]:
@@ -24,7 +19,7 @@ def _compile(module: str) -> list[dict]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-@pytest.mark.parametrize("module", _MODULES)
+@pytest.mark.parametrize("module", launching_modules())
 def test_kernels_fit_every_architecture(module: str) -> None:
     reports = _compile(module)
     assert {report["capability"] for report in reports} == set(SHARED_MEMORY)

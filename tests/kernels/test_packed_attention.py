@@ -8,6 +8,7 @@ from tolerance import check, gradients
 from torch import Tensor
 
 from posttrain import ops
+from posttrain.kernels import packed_attention as kernels
 from posttrain.ops import reference
 from posttrain.ops.layout import PackedLayout
 
@@ -67,6 +68,21 @@ def test_sinks(triton_device) -> None:
 def test_few_tokens(lengths, triton_device) -> None:
     layout = PackedLayout.from_lengths(lengths, device=triton_device)
     check(*both(layout), operands(layout.num_tokens, 2, 1, 16, triton_device))
+
+
+@pytest.mark.parametrize("queries, keys, window", [(64, 32, None), (32, 64, None), (128, 32, 50), (16, 16, None)])
+def test_any_blocks(queries, keys, window, monkeypatch, triton_device) -> None:
+    """Runs of blocks that all, some or none of a tile's queries see begin and end anywhere in a tile."""
+    for table in ("FLOAT_FORWARD", "FLOAT_DKV", "FLOAT_DQ"):
+        monkeypatch.setattr(kernels, table, {64: kernels.Blocks(queries, keys, 4, 1)})
+    layout = PackedLayout.from_forest([70, 36, 40, 33, 5, 64, 31], [-1, 0, 1, 0, -1, 4, 4], device=triton_device)
+    check(*both(layout, window=window), operands(layout.num_tokens, 1, 1, 16, triton_device))
+
+
+@pytest.mark.parametrize("heads, key_heads", [(70, 10), (7, 1), (5, 5)])
+def test_numbers_of_heads(heads, key_heads, triton_device) -> None:
+    layout = PackedLayout.from_forest([7, 5, 2], [-1, 0, 0], device=triton_device)
+    check(*both(layout), operands(14, heads, key_heads, 16, triton_device))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -49,11 +49,12 @@ def test_a_token_sees_its_segment_before_it_and_the_ancestors(forest) -> None:
 @given(forests(segments=12, length=60))
 def test_the_schedule_bounds_what_a_block_sees(forest) -> None:
     layout = PackedLayout.from_forest(*forest)
-    largest, tree_start = layout.schedule
+    largest, smallest, tree_start = layout.schedule
     assert len(largest) % 4 == 0 and len(largest) * BLOCK >= layout.num_tokens
     until = layout.visible_until.tolist()
     for block, first in enumerate(range(0, layout.num_tokens, BLOCK)):
         assert largest[block] == max(until[first : first + BLOCK])
+        assert smallest[block] == (min(until[first : first + BLOCK]) if first + BLOCK <= layout.num_tokens else 0)
         start = first
         while start > 0 and max(until[:start]) > start:
             start -= 1
