@@ -73,7 +73,8 @@ template <class T>
 void attention_backward(const Attention<T>& f, const QueryTile* tiles, const TileChunk* chunks, int64_t num_chunks,
                         int64_t steps, const AttentionGradients<T>& g, T* workspace, int threads);
 
-// A matrix in 4-bit NormalFloat (posttrain/ops/nf4_weight.py): either absmax, or absmax_index with the nested statistics.
+// A matrix in 4-bit NormalFloat (posttrain/ops/nf4_weight.py): either absmax, or absmax_index with the nested
+// statistics.
 struct Nf4 {
   const uint8_t* packed;
   const float* absmax;

@@ -1,5 +1,5 @@
-// NF4 matrices in the layout of bitsandbytes (posttrain/ops/nf4_weight.py describes it): dequantisation, and the product
-// with a few rows.
+// NF4 matrices in the layout of bitsandbytes (posttrain/ops/nf4_weight.py describes it): dequantisation, and the
+// product with a few rows.
 //
 // Weights are W_i = absmax * code[q_i] with q in the halves of a byte, the even element in the high one. The product
 // keeps x in two parts, its even and its odd elements, so that the two halves of 4 (8, 16) bytes meet consecutive
@@ -163,21 +163,55 @@ void dot_row(const Nf4& w, int64_t n, int64_t width, int64_t height, Split<float
   for (int r = 0; r < kRows; ++r) y[r * height + n] = sum<float>(sums[r][0] + sums[r][1]) + rest[r];
 }
 
-constexpr int kGroup = kVectorBytes == 64 ? 8 : 4;  // rows of x whose sums fit in registers
+// Whether every row of W begins a block and is made of whole vectors.
+inline bool aligned(const Nf4& w, int64_t width) { return width % w.block == 0 && w.block % (2 * kLanes) == 0; }
 
-template <int kRows, class T>
-void dot_group(const Nf4& w, int64_t n, int64_t width, int64_t height, Split<T>& x, int& rows, T*& y) {
+// dot_row for n and n + 1 of an aligned W, in the same order: what is loaded of x serves both.
+template <int kRows>
+void dot_two(const Nf4& w, int64_t n, int64_t width, int64_t height, Split<float> x, float* y) {
+  Vec<float> sums[2][kRows][2];
+  for (int c = 0; c < 2; ++c)
+    for (int r = 0; r < kRows; ++r) sums[c][r][0] = sums[c][r][1] = splat(0.0f);
+  const int64_t stride = 2 * x.half, blocks = width / w.block;
+  const uint8_t* bytes = w.packed + n * width / 2;
+  const float *for_high = x.at(0), *for_low = x.at(1);
+  for (int64_t block = n * blocks; block < (n + 1) * blocks; ++block) {
+    const Table tables[2] = {Table(absmax_of(w, block)), Table(absmax_of(w, block + blocks))};
+    for (int64_t i = 0; i < w.block; i += 2 * kLanes) {
+      const VecInt q[2] = {widened(bytes), widened(bytes + width / 2)};
+      const Vec<float> high[2] = {tables[0](q[0] >> 4), tables[1](q[1] >> 4)};
+      const Vec<float> low[2] = {tables[0](q[0]), tables[1](q[1])};
+      for (int r = 0; r < kRows; ++r) {
+        const Vec<float> a = load(for_high + r * stride), b = load(for_low + r * stride);
+        for (int c = 0; c < 2; ++c) {
+          sums[c][r][0] += high[c] * a;
+          sums[c][r][1] += low[c] * b;
+        }
+      }
+      bytes += kLanes, for_high += kLanes, for_low += kLanes;
+    }
+  }
+  for (int c = 0; c < 2; ++c)
+    for (int r = 0; r < kRows; ++r) y[r * height + n + c] = sum<float>(sums[c][r][0] + sums[c][r][1]);
+}
+
+constexpr int kGroup = kVectorBytes == 64 ? 4 : 2;  // rows of x whose sums with two rows of W fit in registers
+
+template <int kRows>
+void dot_group(const Nf4& w, int64_t n, bool two, int64_t width, int64_t height, Split<float>& x, int& rows,
+               float*& y) {
   for (; rows >= kRows; rows -= kRows, x.data += 2 * x.half * kRows, y += height * kRows)
-    dot_row<kRows>(w, n, width, height, x, y);
+    two ? dot_two<kRows>(w, n, width, height, x, y) : dot_row<kRows>(w, n, width, height, x, y);
 }
 
-void dot_rows(const Nf4& w, int64_t n, int64_t width, int64_t height, Split<float> x, int rows, float* y) {
-  dot_group<kGroup>(w, n, width, height, x, rows, y);
-  dot_group<2>(w, n, width, height, x, rows, y);
-  dot_group<1>(w, n, width, height, x, rows, y);
+// The rows n and, if `two`, n + 1 of W.
+void dot_rows(const Nf4& w, int64_t n, bool two, int64_t width, int64_t height, Split<float> x, int rows, float* y) {
+  dot_group<kGroup>(w, n, two, width, height, x, rows, y);
+  dot_group<2>(w, n, two, width, height, x, rows, y);
+  dot_group<1>(w, n, two, width, height, x, rows, y);
 }
 
-void dot_rows(const Nf4& w, int64_t n, int64_t width, int64_t height, Split<double> x, int rows, double* y) {
+void dot_rows(const Nf4& w, int64_t n, bool, int64_t width, int64_t height, Split<double> x, int rows, double* y) {
   for (int r = 0; r < rows; ++r) {
     double total = 0;
     for (int64_t k = 0; k < width; ++k) {
@@ -204,8 +238,13 @@ void nf4_dequantize(const Nf4& w, int64_t first, int64_t count, T* out) {
 
 template <class T>
 void nf4_matvec(const Nf4& w, const T* x, int64_t half, int rows, int64_t width, int64_t height, T* y) {
+  const bool pairs = sizeof(T) == 4 && aligned(w, width);
+  const int64_t step = pairs ? 2 : 1;
 #pragma omp parallel for schedule(static) if (width * height > 32768)
-  for (int64_t n = 0; n < height; ++n) dot_rows(w, n, width, height, Split<T>{x, half}, rows, y);
+  for (int64_t n = 0; n < height; n += step) {
+    const bool two = pairs && n + 1 < height;
+    dot_rows(w, n, two, width, height, Split<T>{x, half}, rows, y);
+  }
 }
 
 #define INSTANTIATE(T)                                                     \
