@@ -23,6 +23,7 @@ int64_t forest_tokens(const int64_t* lengths, const int64_t* parents, int64_t co
       reject(here + " ends at token " + std::to_string(tokens) + " + " + std::to_string(lengths[i]) +
              ", beyond what int32 holds");
     tokens += lengths[i];
+    if (parents[i] < -1) reject(here + " has the parent " + std::to_string(parents[i]) + "; a root has -1");
     if (parents[i] >= i) reject(here + " has the parent " + std::to_string(parents[i]) + ", which must come before it");
     while (!path.empty() && path.back() != parents[i]) path.pop_back();
     if (parents[i] >= 0 && path.empty())
@@ -52,8 +53,12 @@ void forest_layout(const int64_t* lengths, const int64_t* parents, int64_t count
 
 int64_t sequence_layout(const int64_t* positions, int64_t tokens, int32_t* visible_until, int64_t* starts) {
   int64_t segments = 0;
-  for (int64_t t = 0; t < tokens; ++t)
+  for (int64_t t = 0; t < tokens; ++t) {
+    if (positions[t] < 0 || positions[t] > std::numeric_limits<int32_t>::max())
+      reject("position id " + std::to_string(t) + " is " + std::to_string(positions[t]) +
+             ", outside 0 to what int32 holds");
     if (t == 0 || positions[t] != positions[t - 1] + 1) starts[segments++] = t;
+  }
   starts[segments] = tokens;
   for (int64_t s = 0; s < segments; ++s)
     std::fill(visible_until + starts[s], visible_until + starts[s + 1], static_cast<int32_t>(starts[s + 1]));

@@ -74,12 +74,12 @@ class PackedLayout:
         A segment's positions go on where its parent's end.
 
         Raises:
-            ValueError: lists of different lengths, a negative length, a parent that doesn't come before its child,
-                another order than depth-first, 2^31 tokens or more; with the segment and the numbers.
+            ValueError: lists of different lengths or not of integers, a negative length, a parent that doesn't come
+                before its child, another order than depth-first, 2^31 tokens or more; with the segment and the numbers.
         """
         if len(lengths) != len(parents):
             raise ValueError(f"PackedLayout: {len(lengths)} lengths, but {len(parents)} parents")
-        sizes, above = np.asarray(lengths, np.int64), np.asarray(parents, np.int64)
+        sizes, above = _integers("lengths", lengths), _integers("parents", parents)
         forest = sizes.ctypes.data, above.ctypes.data, len(sizes)
         tokens = _C.forest_tokens(*forest)
         visible_until, positions = (torch.empty(tokens, dtype=torch.int32) for _ in range(2))
@@ -92,10 +92,10 @@ class PackedLayout:
         """The packing that position ids `[T]` or `[1, T]` imply: a sequence starts wherever they don't go up by one.
 
         The layout is on the device of `position_ids`; reading them synchronises a GPU. Raises `ValueError` for another
-        shape or for numbers that aren't integers.
+        shape, for numbers that aren't integers, and for integers below 0 or beyond int32.
         """
         ids = position_ids.squeeze(0) if position_ids.ndim == 2 else position_ids
-        if ids.ndim != 1 or ids.is_floating_point() or ids.dtype == torch.bool:
+        if ids.ndim != 1 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
             raise ValueError(
                 f"PackedLayout: position ids must be [T] or [1, T] integers, got {list(position_ids.shape)} "
                 f"{position_ids.dtype}"
@@ -120,6 +120,14 @@ class PackedLayout:
         """
         until = self.visible_until.cpu().numpy()
         return tuple(int(until[start]) if start < end else end for start, end in pairwise(self.segment_starts))
+
+    @cached_property
+    def consecutive(self) -> bool:
+        """Whether positions go up by one within every segment. Known on the host when `segment_ends` are."""
+        steps = np.diff(self.positions.cpu().numpy())
+        inside = np.ones(len(steps) + 1, bool)
+        inside[[start - 1 for start in self.segment_starts if 0 < start < self.num_tokens]] = False
+        return bool((steps == 1)[inside[:-1]].all())
 
     @property
     def independent(self) -> bool:
@@ -171,11 +179,13 @@ class PackedLayout:
 
     def to(self, device: torch.device | str) -> "PackedLayout":
         """The same layout with its tensors on `device`."""
-        if self.visible_until.device == torch.device(device):
+        device = torch.empty(0, device=device).device  # "cuda" with the index of the current one
+        if self.visible_until.device == device:
             return self
         moved = PackedLayout(self.visible_until.to(device), self.positions.to(device), self.segment_starts)
-        if self.visible_until.is_cpu or "segment_ends" in vars(self):
-            vars(moved)["segment_ends"] = self.segment_ends  # reading it there would wait for the GPU
+        for known in ("segment_ends", "consecutive"):
+            if self.visible_until.is_cpu or known in vars(self):
+                vars(moved)[known] = getattr(self, known)  # reading it there would wait for the GPU
         return moved
 
     def draw(self, largest: int = 64) -> str:
@@ -206,3 +216,15 @@ class PackedLayout:
 
 
 _SHOWN = 12
+
+
+def _integers(name: str, values: Sequence[int]) -> np.ndarray:
+    """`values` as int64 `[S]`."""
+    numbers = np.asarray(values, object)
+    if numbers.ndim != 1:
+        raise ValueError(f"PackedLayout: {name} must be one list of integers, got the shape {list(numbers.shape)}")
+    for i, number in enumerate(numbers):
+        whole = isinstance(number, (int, np.integer)) and not isinstance(number, bool)
+        if not whole or not -(2**31) <= number < 2**31:
+            raise ValueError(f"PackedLayout: {name}[{i}] is {number}, not an integer that int32 holds")
+    return numbers.astype(np.int64)
