@@ -53,7 +53,9 @@ def packed_attention(
 
     Returns:
         `[T, Hq, Dv]`, in the dtype of `q`. Statistics are in float32 (float64 for float64); the backend "cpu" computes
-        half precision through float32 copies. A token's output depends, bit for bit, only on what its tree holds.
+        half precision through float32 copies. With "cpu", a token's output depends, bit for bit, only on what its tree
+        holds. With "triton", whose blocks of keys are aligned to the pack, this is so as long as the other trees keep
+        their lengths.
 
     Raises:
         ValueError: shapes, dtypes or devices that don't fit, with the numbers; with the backend "flash-attn" also what
@@ -62,6 +64,7 @@ def packed_attention(
     _check(q, k, v, layout, window, softcap, sinks)
     backend = backend_for("packed_attention", q)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    window = None if window is None else min(window, 2**31 - 1)  # the largest int32, as all positions are
     if backend == "reference":
         return reference.packed_attention(q, k, v, layout, scale=scale, window=window, softcap=softcap, sinks=sinks)
     if backend == "flash-attn":
@@ -82,9 +85,11 @@ def _check(
     shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
     if not q.ndim == k.ndim == v.ndim == 3 or k.shape[:2] != v.shape[:2] or q.shape[2] != k.shape[2]:
         raise ValueError(f"packed_attention: needs q [T, Hq, D], k [T, Hkv, D] and v [T, Hkv, Dv]; got {shapes}")
+    if 0 in q.shape[1:] or 0 in v.shape[1:]:
+        raise ValueError(f"packed_attention: needs heads, D and Dv of at least 1; got {shapes}")
     if not len(q) == len(k) == layout.num_tokens:
         raise ValueError(f"packed_attention: the layout has {layout.num_tokens} tokens; got {shapes}")
-    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+    if q.shape[1] % k.shape[1]:
         raise ValueError(f"packed_attention: {q.shape[1]} query heads don't divide into {k.shape[1]} key heads")
     if not q.is_floating_point() or not q.dtype == k.dtype == v.dtype:
         raise ValueError(
@@ -95,9 +100,9 @@ def _check(
             f"packed_attention: q is on {q.device}, k on {k.device}, v on {v.device}, "
             f"the layout on {layout.visible_until.device}"
         )
-    if window is not None and window < 1:
-        raise ValueError(f"packed_attention: window must be at least 1, got {window}")
-    if softcap is not None and softcap <= 0:
+    if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
+        raise ValueError(f"packed_attention: window must be an integer of at least 1, got {window!r}")
+    if softcap is not None and not softcap > 0:
         raise ValueError(f"packed_attention: softcap must be positive, got {softcap}")
     if sinks is not None and (sinks.shape != q.shape[1:2] or not sinks.is_floating_point() or sinks.device != q.device):
         raise ValueError(
@@ -149,7 +154,7 @@ def _backward(ctx, grad_out, grad_lse):
     *grads, delta = _packed_attention_backward(grad_out, *tensors, out, lse, *ctx.options)
     grad_sinks = None
     if sinks is not None and ctx.needs_input_grad[6]:
-        grad_sinks = -((sinks.to(lse.dtype)[:, None] - lse).exp() * delta).sum(1).to(sinks.dtype)
+        grad_sinks = packed_flash.sinks_gradient(sinks, lse, delta)
     return *grads, None, None, None, grad_sinks, None, None, None, None
 
 

@@ -40,8 +40,8 @@ def packed_flash(
     """`posttrain.ops.packed_attention` on tensors it has checked.
 
     Raises:
-        ValueError: heads wider than 256, a segment that continues one that continues another, or a window
-            narrower than a prompt and its completions.
+        ValueError: heads wider than 256, a segment that continues one that continues another, or a window that is
+            narrower than a prompt and its completions or meets positions that skip within a segment.
     """
     widest = max(q.shape[2], v.shape[2])
     if widest > LARGEST_WIDTH:
@@ -51,6 +51,11 @@ def packed_flash(
         raise ValueError(
             f"packed_attention: with flash-attn a window of {window} can't cut a shared prompt and its completions of "
             f"up to {tree} tokens"
+        )
+    if window is not None and not layout.consecutive:
+        raise ValueError(
+            f"packed_attention: with flash-attn a window of {window} counts tokens, "
+            "and this layout's positions don't go up by one within its segments"
         )
     width = widest + -widest % 8  # zeros beyond it change neither scores nor the values kept
     padded = (x if x.shape[2] == width else pad(x, (0, width - x.shape[2])) for x in (q, k, v))
@@ -125,8 +130,13 @@ def _backward(ctx, grad_out, grad_lse):
     grad_sinks = None
     if sinks is not None and ctx.needs_input_grad[3]:
         delta = (grad_out.to(lse.dtype) * out).sum(-1).T  # [Hq, T]
-        grad_sinks = -((sinks.to(lse.dtype)[:, None] - lse).exp() * delta).sum(1).to(sinks.dtype)
+        grad_sinks = sinks_gradient(sinks, lse, delta)
     return *grads, grad_sinks, *nothing[4:]
+
+
+def sinks_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+    """dsink `[Hq]` of lse and delta `[Hq, T]`."""
+    return -((sinks.to(lse.dtype)[:, None] - lse).exp() * delta).sum(1).to(sinks.dtype)
 
 
 def _gradient(

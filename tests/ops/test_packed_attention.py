@@ -326,6 +326,10 @@ def test_values_may_be_wider_than_keys():
         (lambda q, k, v: (q, k[:, :1], v), r"k \[10, 1, 8\], v \[10, 2, 8\]"),
         (lambda q, k, v: (q[:9], k, v), r"layout has 10 tokens; got q \[9, 4, 8\]"),
         (lambda q, k, v: (q[:, :3], k, v), "3 query heads don't divide into 2 key heads"),
+        (lambda q, k, v: (q[:, :0], k, v), r"heads, D and Dv of at least 1; got q \[10, 0, 8\]"),
+        (lambda q, k, v: (q, k[:, :0], v[:, :0]), r"heads, D and Dv of at least 1; .*k \[10, 0, 8\]"),
+        (lambda q, k, v: (q[..., :0], k[..., :0], v), r"heads, D and Dv of at least 1; got q \[10, 4, 0\]"),
+        (lambda q, k, v: (q, k, v[..., :0]), r"heads, D and Dv of at least 1; .*v \[10, 2, 0\]"),
         (lambda q, k, v: (q, k.double(), v), "torch.float32, torch.float64, torch.float32"),
         (lambda q, k, v: (q, k, v.to("meta")), "v on meta"),
     ],
@@ -341,3 +345,17 @@ def test_what_does_not_fit_is_an_error(change, message):
 def test_bad_options_are_errors(option):
     with pytest.raises(ValueError, match=next(iter(option))):
         packed_attention(*tensors(10, 4, 2), PackedLayout.from_lengths([10]), **option)
+
+
+@pytest.mark.parametrize("window", [2.5, True, "3"], ids=str)
+def test_a_window_is_an_integer(window):
+    with pytest.raises(ValueError, match=f"window must be an integer of at least 1, got {window!r}"):
+        packed_attention(*tensors(10, 4, 2), PackedLayout.from_lengths([10]), window=window)
+
+
+@pytest.mark.parametrize("window", [2**31, 2**32 + 1, 2**70])
+def test_a_window_beyond_int32_cuts_nothing(window):
+    inputs, layout = tensors(14, 4, 2), forest()
+    ours = gradients(lambda *x: packed_attention(*x, layout, window=window), inputs)
+    whole = gradients(lambda *x: packed_attention(*x, layout), inputs)
+    assert all(torch.equal(a, b) for a, b in zip(sum(ours, ()), sum(whole, ()), strict=True))

@@ -3,6 +3,7 @@
 import importlib
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import find_spec
 from types import ModuleType
 
@@ -204,6 +205,15 @@ def test_what_flash_attn_cannot_do_is_an_error(forest, width, options, message, 
     layout = PackedLayout.from_forest(*forest)
     with pytest.raises(ValueError, match=message):
         packed_attention(*operands(layout.num_tokens, stand_in, width=width), layout, **options)
+
+
+def test_a_window_over_positions_that_skip_is_an_error(stand_in) -> None:
+    layout = PackedLayout.from_lengths([4, 3])
+    layout = replace(layout, positions=torch.tensor([0, 1, 5, 6, 0, 1, 2], dtype=torch.int32))
+    inputs = operands(7, stand_in)
+    with pytest.raises(ValueError, match="window of 3 counts tokens, and this layout's positions don't go up by one"):
+        packed_attention(*inputs, layout, window=3)
+    compare(layout, inputs)
 
 
 def test_only_half_precision_on_a_gpu_that_has_it(monkeypatch) -> None:
