@@ -38,17 +38,20 @@ def attention(
 ) -> tuple[Tensor, None]:
     """Attention of query `[B, Hq, T, D]`, key and value `[B, Hkv, S, D]`; the result is `[B, T, Hq, D]`.
 
-    With a layout, B is 1 and `attention_mask` is ignored. `s_aux` `[Hq]` are sinks, as in GPT-OSS.
+    With a layout, B is 1, `attention_mask` is ignored, and the forward needs the positions, too:
+    `position_ids=layout.positions.long()[None]`. `s_aux` `[Hq]` are sinks, as in GPT-OSS.
 
     Raises:
-        ValueError: `output_attentions`, a caller's own mask of four dimensions, attention that isn't causal, and for
-            whole sequences dropout or a bias by position.
+        ValueError: `output_attentions`, a caller's own mask of four dimensions, attention that isn't causal, for whole
+            sequences dropout or a bias by position, and on the CPU (a GPU would have to wait) a layout without its
+            positions.
     """
     if kwargs.get("output_attentions") or getattr(getattr(module, "config", None), "output_attentions", False):
         raise ValueError("attention 'posttrain' has no output_attentions; use attn_implementation='eager'")
     if layout is not None:
         if len(query) != 1:
             raise ValueError(f"a packed batch is one row of tokens; got queries {list(query.shape)}")
+        _check_positions(kwargs.get("position_ids"), layout)
         window, index = sliding_window, None
     elif isinstance(attention_mask, PackedMask):
         window, (layout, index) = attention_mask.window, attention_mask.packing
@@ -60,6 +63,18 @@ def attention(
     _check_packed(dropout, kwargs.get("position_bias"))
     options = {"scale": scaling, "window": window, "softcap": softcap, "sinks": s_aux}
     return _packed(query, key, value, layout, index, **options), None
+
+
+def _check_positions(position_ids: Tensor | None, layout: PackedLayout) -> None:
+    """Refuses the positions that a model makes up where it is given none, unless they are the layout's."""
+    if position_ids is None or not position_ids.is_cpu or torch.compiler.is_compiling():
+        return
+    given = position_ids.flatten().long()
+    if torch.equal(given, torch.arange(layout.num_tokens)) and not torch.equal(given, layout.positions.long()):
+        raise ValueError(
+            f"the positions of these {layout.num_tokens} tokens run on from 0, and those of {layout} restart; "
+            "give position_ids=layout.positions.long()[None] with layout"
+        )
 
 
 def _check_packed(dropout: float, position_bias: Tensor | None) -> None:
@@ -75,8 +90,11 @@ def _check_packed(dropout: float, position_bias: Tensor | None) -> None:
 def _packed(
     query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, index: Tensor | None, **options: Any
 ) -> Tensor:
-    """`packed_attention` of the tokens `index` among all B T; the others, padding, get zeros."""
-    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))  # [B T, H, D]
+    """`packed_attention` of the tokens `index` among all B T; the others, padding, get zeros.
+
+    In the dtype of `value`: under autocast, rotary embeddings leave queries and keys wider.
+    """
+    q, k, v = (x.transpose(1, 2).flatten(0, 1).to(value.dtype) for x in (query, key, value))  # [B T, H, D]
     if index is not None:
         q, k, v = (x.index_select(0, index) for x in (q, k, v))
     out = packed_attention(q, k, v, layout, **options)

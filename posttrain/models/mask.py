@@ -56,8 +56,8 @@ class PackedMask:
         real = torch.ones_like(starts) if self.real is None else self.real.cpu()
         index = real.flatten().nonzero().squeeze(1)
         lengths = starts.flatten().cumsum(0)[index].unique_consecutive(return_counts=True)[1]
-        layout = PackedLayout.from_lengths(lengths.tolist(), self.device)
-        layout = replace(layout, positions=(index % max(self.length, 1)).to(self.device, torch.int32))
+        layout = PackedLayout.from_lengths(lengths.tolist())
+        layout = replace(layout, positions=(index % max(self.length, 1)).int()).to(self.device)
         return layout, None if len(index) == real.numel() else index.to(self.device)
 
     def _starts(self) -> Tensor:

@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 from tiny_models import FAMILIES, batch_of, randomised, tiny
-from tolerance import assert_true_to
+from tolerance import assert_as_good_as, assert_true_to
 from torch import Tensor
 
 from posttrain.models import attention, hidden_states, mask, prepare
@@ -79,6 +79,18 @@ def test_hidden_states_and_gradients_are_those_of_sdpa(family, kind):
 
 
 @families
+def test_autocast_is_as_good_as_sdpa(family):
+    model, inputs = tiny(family), INPUTS["packed"]
+    true = model.base_model(**inputs).last_hidden_state.detach()
+    with torch.autocast("cpu", torch.bfloat16):
+        peer = model.base_model(**inputs).last_hidden_state
+        model.set_attn_implementation("posttrain")
+        ours = model.base_model(**inputs).last_hidden_state
+    assert ours.dtype == peer.dtype
+    assert_as_good_as(ours.bfloat16(), peer.bfloat16(), true)
+
+
+@families
 def test_no_dense_mask_is_made(family, no_dense_masks):
     model = tiny(family)
     prepare(model)
@@ -120,6 +132,27 @@ def test_a_layout_as_keyword(family):
             for row in (ids[:, :9], torch.cat([ids[:, :5], ids[:, 9:]], 1))
         )
     assert_true_to(forest, torch.cat([first, second[5:]]))
+
+
+@families
+def test_a_layout_without_its_positions_is_refused(family):
+    model = tiny(family)
+    model.set_attn_implementation("posttrain")
+    with pytest.raises(
+        ValueError, match=r"9 tokens run on from 0, and those of .*4\(3, 2\)\) restart; give position_ids"
+    ):
+        model(ids_of(1, 9), use_cache=False, layout=PackedLayout.from_forest([4, 3, 2], [-1, 0, 0]))
+    model(ids_of(1, 9), use_cache=False, layout=PackedLayout.from_forest([4, 5], [-1, 0]))
+
+
+def test_what_a_mask_tells_is_known_without_waiting_for_a_device():
+    answers = iter([True, False])  # a token sees the one before it, and not the next one
+
+    def sees(row, head, query, key):
+        return torch.tensor(next(answers)).expand(3, 11)
+
+    layout, _ = mask.PackedMask(3, 12, sees, padding("holes").bool(), None, "meta").packing
+    assert layout.positions.is_meta and layout.segment_ends == (8, 17, 29) and not layout.consecutive
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
