@@ -211,22 +211,23 @@ void attention_backward(int itemsize, view q, view k, view v, address visible_un
 // nested block.
 using nf4 = std::tuple<address, address, address, address, address, int64_t, int64_t>;
 
+posttrain::Nf4 matrix(nf4 w) {
+  const auto [packed, absmax, nested, code, offset, block, nested_block] = w;
+  return {at<uint8_t>(packed), at<float>(absmax), at<uint8_t>(absmax), at<float>(nested),
+          at<float>(code),     at<float>(offset), block,               nested_block};
+}
+
 void nf4_dequantize(int itemsize, nf4 w, int64_t first, int64_t count, address out) {
   by_size(itemsize, [=](auto t) {
     using T = decltype(t);
-    const auto [packed, absmax, nested, code, offset, block, nested_block] = w;
-    POSTTRAIN_CALL(nf4_dequantize<T>, {at<uint8_t>(packed), at<float>(absmax), at<uint8_t>(absmax), at<float>(nested),
-                   at<float>(code), at<float>(offset), block, nested_block}, first, count, at<T>(out));
+    POSTTRAIN_CALL(nf4_dequantize<T>, matrix(w), first, count, at<T>(out));
   });
 }
 
 void nf4_matvec(int itemsize, nf4 w, address x, int64_t half, int rows, int64_t width, int64_t height, address y) {
   by_size(itemsize, [=](auto t) {
     using T = decltype(t);
-    const auto [packed, absmax, nested, code, offset, block, nested_block] = w;
-    POSTTRAIN_CALL(nf4_matvec<T>, {at<uint8_t>(packed), at<float>(absmax), at<uint8_t>(absmax), at<float>(nested),
-                   at<float>(code), at<float>(offset), block, nested_block}, at<T>(x), half, rows, width, height,
-                   at<T>(y));
+    POSTTRAIN_CALL(nf4_matvec<T>, matrix(w), at<T>(x), half, rows, width, height, at<T>(y));
   });
 }
 

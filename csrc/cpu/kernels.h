@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "attention.h"
+#include "nf4.h"
 
 namespace posttrain::POSTTRAIN_ISA {
 
@@ -73,17 +74,7 @@ template <class T>
 void attention_backward(const Attention<T>& f, const QueryTile* tiles, const TileChunk* chunks, int64_t num_chunks,
                         int64_t steps, const AttentionGradients<T>& g, T* workspace, int threads);
 
-// A matrix in 4-bit NormalFloat (posttrain/ops/nf4_weight.py): either absmax, or absmax_index with the nested
-// statistics.
-struct Nf4 {
-  const uint8_t* packed;
-  const float* absmax;
-  const uint8_t* absmax_index;
-  const float *nested_absmax, *nested_code, *offset;
-  int64_t block, nested_block;
-};
-
-// Elements [first, first + count) of the matrix.
+// Elements [first, first + count) of the matrix `w`.
 template <class T>
 void nf4_dequantize(const Nf4& w, int64_t first, int64_t count, T* out);
 

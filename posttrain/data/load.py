@@ -87,6 +87,9 @@ def _read_jsonl(path: Path, bad: BadRows) -> tuple[list[Row], list[int]]:
         except json.JSONDecodeError as error:
             bad.add(f"{path}, line {number}", f"broken JSON: {error.msg}, at character {error.colno}")
             continue
+        except RecursionError:
+            bad.add(f"{path}, line {number}", "broken JSON: nested too deeply")
+            continue
         if not isinstance(row, dict):
             bad.add(f"{path}, line {number}", f"a row must be a JSON object, not {kind(row)}")
         elif not is_unicode(line):
@@ -111,6 +114,8 @@ def _read_json(path: Path, bad: BadRows) -> tuple[list[Row], list[int] | None]:
         values = json.loads(text)
     except json.JSONDecodeError as error:
         raise DataError(f"{path}, line {error.lineno}: broken JSON: {error.msg}, at character {error.colno}") from error
+    except RecursionError as error:
+        raise DataError(f"{path}: broken JSON: nested too deeply") from error
     rows: list[Row] = []
     for index, row in enumerate(values):
         if isinstance(row, dict):

@@ -211,6 +211,8 @@ def _tools(value: Any) -> Any:
         return json.loads(value)
     except json.JSONDecodeError as error:
         raise DataError(f"column 'tools' holds broken JSON: {error}") from error
+    except RecursionError as error:
+        raise DataError("column 'tools' holds broken JSON: nested too deeply") from error
 
 
 def _log(message: str) -> None:

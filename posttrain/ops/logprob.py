@@ -241,6 +241,8 @@ def _check(
 ) -> None:
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         _refuse(f"hidden must be [N, H] and weight [V, H]; got {list(hidden.shape)} and {list(weight.shape)}")
+    if len(weight) == 0:
+        _refuse(f"the vocabulary must not be empty; got weight {list(weight.shape)}")
     if not hidden.is_floating_point():
         _refuse(f"hidden must be floating, got {hidden.dtype}")
     if targets.ndim != 1 or targets.dtype != torch.int64:

@@ -15,7 +15,7 @@ one matrix of rank E R, and the parts of u and v that belong to other adapters t
 """
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, SupportsFloat
 
 import torch
 import torch.nn.functional as F
@@ -68,7 +68,7 @@ class Layer(NamedTuple):
         if self.absmax is None:
             return None
         tensors = self.weight, self.absmax, self.nested_absmax, self.nested_code, self.offset
-        return nf4.Parts(*tensors, self.height, self.width, self.block, self.nested_block)
+        return nf4.contiguous(nf4.Parts(*tensors, self.height, self.width, self.block, self.nested_block))
 
     @property
     def rank(self) -> int:
@@ -132,10 +132,11 @@ def _adapters(where: str, layer: LoraLayer, several: bool) -> tuple[Tensor | Non
         )
     if not a.is_floating_point() or not b.is_floating_point():
         raise ValueError(f"{where}lora_a and lora_b must be floating, got {a.dtype} and {b.dtype}")
+    count = len(a) if several else 1
     scaling = layer.scaling
-    factors = [float(scaling)] * (len(a) if several else 1) if isinstance(scaling, int | float) else list(scaling)
-    if len(factors) != (len(a) if several else 1):
-        raise ValueError(f"{where}scaling must be {len(a) if several else 1} numbers, got {len(factors)}")
+    factors = [float(scaling)] * count if isinstance(scaling, SupportsFloat) else [float(f) for f in scaling]
+    if len(factors) != count:
+        raise ValueError(f"{where}scaling must be {count} numbers, got {len(factors)}")
     return (a, b, factors) if several else (a[None], b[None], factors)
 
 

@@ -56,7 +56,8 @@ PARTS = (
 def nf4_dequantize(weight: NF4Weight, dtype: torch.dtype | None = None) -> Tensor:
     """The matrix `[N, K]` in full, in `dtype`, by default that of the matrix that was quantised.
 
-    Equal to bitsandbytes' result bit for bit: products in float32, rounded once to a half precision.
+    Equal to bitsandbytes' result bit for bit: products in float32, rounded once to a half precision (float64 has
+    products in float64, which bitsandbytes lacks).
     """
     dtype = weight.dtype if dtype is None else dtype
     if not dtype.is_floating_point:
@@ -151,7 +152,7 @@ def _addresses(weight: Parts) -> tuple[int, ...]:
 
 def _dequantize(*arguments) -> Tensor:
     *parts, dtype, _ = arguments
-    weight = _contiguous(Parts(*parts))
+    weight = contiguous(Parts(*parts))
     out = weight.packed.new_empty(weight.height, weight.width, dtype=dtype)
     if out.dtype in (torch.float32, torch.float64):
         dequantize_rows(weight, slice(0, weight.height), out)
@@ -169,7 +170,7 @@ def _fake_dequantize(*arguments):
 
 def _forward(x: Tensor, bias: Tensor | None, *arguments) -> Tensor:
     *parts, _ = arguments
-    weight = _contiguous(Parts(*parts))
+    weight = contiguous(Parts(*parts))
     rows = x.reshape(x.shape[:-1].numel(), weight.width)
     with torch.autocast(x.device.type, enabled=False):
         if len(rows) <= MATVEC_ROWS:
@@ -202,7 +203,7 @@ def _backward(ctx, grad_y):
 
 def _gradient(grad_y: Tensor, *arguments) -> Tensor:
     *parts, _ = arguments
-    weight = _contiguous(Parts(*parts))
+    weight = contiguous(Parts(*parts))
     rows = grad_y.reshape(grad_y.shape[:-1].numel(), weight.height)
     grad_x = rows.new_zeros(len(rows), weight.width)
     with torch.autocast(grad_y.device.type, enabled=False):
@@ -215,7 +216,8 @@ def _fake_gradient(grad_y, *arguments):
     return grad_y.new_empty(*grad_y.shape[:-1], Parts(*parts).width)
 
 
-def _contiguous(weight: Parts) -> Parts:
+def contiguous(weight: Parts) -> Parts:
+    """The same with each tensor in one piece, as the kernels read it."""
     tensors: dict[str, Any] = {name: x.contiguous() for name, x in weight._asdict().items() if isinstance(x, Tensor)}
     return weight._replace(**tensors)
 

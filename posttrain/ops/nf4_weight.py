@@ -104,6 +104,11 @@ class NF4Weight:
         if len(devices) > 1:
             raise ValueError(f"NF4Weight: all parts must be on one device, got {', '.join(sorted(devices))}")
 
+    def __repr__(self) -> str:
+        statistics = "" if self.nested is None else ", nested statistics"
+        shape, dtype, device = list(self.shape), str(self.dtype).removeprefix("torch."), self.packed.device
+        return f"NF4Weight({shape} of {dtype} on {device}, blocks of {self.blocksize}{statistics})"
+
     def to(self, device: torch.device | str) -> "NF4Weight":
         """This matrix on `device`."""
         nested = self.nested
@@ -140,7 +145,7 @@ class NF4Weight:
         fields = {name.removeprefix(f"{prefix}."): x for name, x in tensors.items() if name.startswith(f"{prefix}.")}
         if prefix not in tensors or _STATE not in fields:
             raise ValueError(f"NF4Weight: {prefix!r} and {f'{prefix}.{_STATE}'!r} are needed, got {sorted(tensors)}")
-        facts = json.loads(bytes(fields[_STATE].tolist()))
+        facts = _read_facts(prefix, fields[_STATE])
         missing = {"absmax", "quant_map"} - fields.keys()
         if "nested_offset" in facts:
             missing |= {"nested_absmax", "nested_quant_map"} - fields.keys()
@@ -251,6 +256,19 @@ def dynamic_code(device: torch.device) -> Tensor:
         middles = (10**e * ((edges[:-1] + edges[1:]) / 2)).tolist()
         values += middles + [-x for x in middles]
     return torch.tensor(sorted(values), device=device)
+
+
+def _read_facts(prefix: str, state: Tensor) -> dict[str, Any]:
+    try:
+        facts = json.loads(bytes(state.tolist()))
+        dtype, shape = facts["dtype"], facts["shape"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"NF4Weight: {prefix}.{_STATE} is not what bitsandbytes writes: {error!r}") from error
+    if dtype not in _DTYPES or len(shape) != 2 or "blocksize" not in facts:
+        raise ValueError(
+            f"NF4Weight: {prefix!r} needs a blocksize, a dtype of {', '.join(_DTYPES)} and a shape [N, K]; got {facts}"
+        )
+    return facts
 
 
 def _check_code(code: Tensor) -> None:

@@ -65,6 +65,8 @@ def test_csv_values_stay_text(tmp_path):
         ("a.jsonl", '{"text": "x"}\n[1]\n', r"a\.jsonl, line 2: a row must be a JSON object, not a list"),
         ("a.jsonl", b'{"text": "\xff"}\n', r"a\.jsonl, line 1: the text is not UTF-8"),
         ("a.json", '[{"text": "x"},\n{"text"}]', r"a\.json, line 2: broken JSON: .*, at character 8"),
+        ("a.jsonl", '{"text": ' + "[" * 100_000, r"a\.jsonl, line 1: broken JSON: nested too deeply"),
+        ("a.json", "[" * 100_000, r"a\.json: broken JSON: nested too deeply"),
         ("a.json", '[{"text": "x"}, 5]', r"a\.json\[1\]: a row must be a JSON object, not a number"),
         ("a.json", b'["\xff"]', r"a\.json: the text is not UTF-8, at byte 2"),
         ("a.csv", 'a,b\n"x\ny",z\nx\n', r"a\.csv, line 4: 1 fields, but the header has 2"),

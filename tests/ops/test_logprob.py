@@ -328,6 +328,7 @@ def _call(**changes):
         ({"bias": torch.zeros(9)}, r"bias must be \[V\] = \[10\]; got \[9\]"),
         ({"bias": torch.zeros(10, dtype=torch.bfloat16)}, "bias must be torch.float32"),
         ({"lora": (torch.zeros(2, 8), torch.zeros(10, 3), 1.0)}, r"got \[2, 8\] and \[10, 3\]"),
+        ({"weight": torch.zeros(0, 8)}, r"the vocabulary must not be empty; got weight \[0, 8\]"),
         ({"temperature": 0.0}, "temperature must be positive, got 0.0"),
         ({"softcap": -1.0}, "softcap must be positive"),
     ],

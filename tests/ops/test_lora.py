@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from tolerance import HALF, check
@@ -448,6 +449,12 @@ def test_autocast_changes_nothing() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         y = of(lora_linear)(*inputs)
     assert torch.equal(y, of(lora_linear)(*inputs))
+
+
+@pytest.mark.parametrize("scaling", [2, np.float32(2), torch.tensor(2.0), (2.0,)], ids=lambda x: type(x).__name__)
+def test_any_number_is_a_scaling(scaling) -> None:
+    x, weight, a, b, _ = operands(4, 12, 10, 3)
+    assert torch.equal(lora_linear(x, weight, a, b, scaling), lora_linear(x, weight, a, b, 2.0))
 
 
 @pytest.mark.parametrize(

@@ -264,6 +264,35 @@ def test_wrong_matrices() -> None:
         NF4Weight.from_state_dict({**golden_checkpoint(nested=False), "weight.quant_map": torch.zeros(16)})
 
 
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        (b"{", "is not what bitsandbytes writes: JSONDecodeError"),
+        (b"{}", "is not what bitsandbytes writes: KeyError"),
+        (b'{"dtype": "float64", "shape": [7, 13], "blocksize": 64}', "a dtype of float32, float16, bfloat16"),
+        (b'{"dtype": "float32", "shape": [7, 13, 2], "blocksize": 64}', r"a shape \[N, K\]"),
+    ],
+)
+def test_broken_facts_of_a_checkpoint(facts, message) -> None:
+    broken = {"weight.quant_state.bitsandbytes__nf4": torch.tensor(list(facts), dtype=torch.uint8)}
+    with pytest.raises(ValueError, match=message):
+        NF4Weight.from_state_dict({**golden_checkpoint(nested=False), **broken})
+
+
+def test_repr() -> None:
+    weight = quantize_nf4(matrix(7, 13), nested=True)
+    assert repr(weight) == "NF4Weight([7, 13] of float32 on cpu, blocks of 64, nested statistics)"
+
+
+def test_parts_with_gaps() -> None:
+    weight = quantize_nf4(matrix(7, 13))
+    packed = torch.zeros(weight.packed.numel(), 2, dtype=torch.uint8)
+    packed[:, 0] = weight.packed[:, 0]
+    gappy, x = replace(weight, packed=packed[:, 0]), matrix(3, 13)
+    assert torch.equal(nf4_linear(x, gappy), nf4_linear(x, weight))
+    assert torch.equal(ops.lora_linear(x, gappy), ops.lora_linear(x, weight))
+
+
 def test_backends_can_be_forced() -> None:
     weight = quantize_nf4(matrix(7, 13))
     with ops.use_backend("reference"):
