@@ -41,7 +41,7 @@ class Varlen(NamedTuple):
     tree: int
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class PackedLayout:
     """How T packed tokens are divided into segments, and what each of them sees.
 
