@@ -1,9 +1,11 @@
 """packed_attention against PyTorch: dense, many documents, and a prompt that completions share.
 
 fp32 on the CPU, bfloat16 on a GPU. Every comparison is of the forward alone and of forward and backward, and is made
-once outputs and gradients are right. FlexAttention has no backward on a CPU; it is compiled before it is timed.
+once outputs and gradients are right. FlexAttention has no backward on a CPU; it is compiled before it is timed. On a
+GPU torch's varlen_attn and cuDNN join, and a peer that fails is named with its error.
 """
 
+import inspect
 from collections.abc import Callable
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 from elementwise import DEVICE, randn
 from interleave import interleave
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
@@ -134,6 +137,42 @@ def flex(tensors: Inputs, layout: PackedLayout) -> tuple[Function, Inputs]:
     return call, own
 
 
+def cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`sdpa` by cuDNN."""
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return sdpa(q, k, v)
+
+
+def varlen(lengths: list[int]) -> Function:
+    """torch's own packed attention."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    bounds = torch.tensor([0, *lengths], device=DEVICE).cumsum(0, dtype=torch.int32)
+    grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return varlen_attn(q, k, v, bounds, bounds, max(lengths), max(lengths), window_size=(-1, 0), **grouped)
+
+    return call
+
+
+def gpu_peers(tensors: Inputs, lengths: list[int]) -> tuple[dict[str, tuple[Function, Inputs]], dict[str, str]]:
+    """The peers that only a GPU has, and the errors of those that fail."""
+    if DEVICE == "cpu":
+        return {}, {}
+    working, failing = {}, {}
+    peers = {"varlen_attn": (varlen, tensors), "cuDNN, padded": (lambda _: cudnn, padded(tensors, lengths)[1])}
+    for name, (make, own) in peers.items():
+        try:
+            function = make(lengths)
+            out = function(*own)
+            torch.autograd.grad(out, own, torch.zeros_like(out))
+            working[name] = (function, own)
+        except (ImportError, TypeError, RuntimeError) as error:
+            failing[name] = f"fails: {str(error).splitlines()[0]}"
+    return working, failing
+
+
 def lengths_between(low: int, high: int, count: int) -> list[int]:
     return torch.randint(low, high + 1, (count,), generator=torch.Generator().manual_seed(1)).tolist()
 
@@ -146,7 +185,34 @@ def test_dense(publish) -> None:
         "FlexAttention": flex(tensors, layout),
         "posttrain": (ours(layout), tensors),
     }
-    compare(publish, "dense", "dense causal 2048", functions, "SDPA", target=1.0)
+    peers, failing = gpu_peers(tensors, [2048])
+    compare(publish, "dense", "dense causal 2048", functions | peers, "SDPA", target=1.0, **failing)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="shapes and targets of an H100")
+@pytest.mark.parametrize(
+    ("name", "lengths", "parents"),
+    [
+        ("16k", [16384], [-1]),
+        ("2k", [2048] * 40, [-1] * 40),
+        ("40", [40] * 2000, [-1] * 2000),
+        ("shared-16R", [4096] + [256] * 8, [-1] + [0] * 8),
+        ("unshared-16R", [4352] * 8, [-1] * 8),
+    ],
+)
+def test_rate(name, lengths, parents, report) -> None:
+    """TFLOP/s of the pairs that are seen, heads of 128, and tokens/s: what the targets of a GPU are made of."""
+    heads, width = 32, 128
+    layout = PackedLayout.from_forest(lengths, parents, DEVICE)
+    tensors = inputs(layout.num_tokens, heads, heads // 4, width)
+    pairs = float((layout.positions.double() + 1).sum())
+    facts = {}
+    for kind, function in passes(ours(layout), tensors).items():
+        seconds = interleave({kind: function}, kind, rounds=ROUNDS).seconds[kind].median
+        products = 2 if kind == "forward" else 7  # the backward makes the scores again: five products of its own
+        facts[f"{kind} TFLOP/s"] = products * 2 * pairs * heads * width / seconds / 1e12
+        facts[f"{kind} tokens/s"] = layout.num_tokens / seconds
+    report(f"attention-rate-{name}", [f"attention, {name}", *(f"  {k}: {v:.4g}" for k, v in facts.items())], **facts)
 
 
 @pytest.mark.parametrize(
@@ -165,8 +231,9 @@ def test_documents(name, lengths, shape, target, publish) -> None:
         "FlexAttention": flex(tensors, layout),
         "posttrain": (ours(layout), tensors),
     }
+    peers, failing = gpu_peers(tensors, lengths)
     title = f"{len(lengths)} documents of {min(lengths)} to {max(lengths)}"
-    compare(publish, name, title, functions, "SDPA, padded", target, tokens=sum(lengths))
+    compare(publish, name, title, functions | peers, "SDPA, padded", target, tokens=sum(lengths), **failing)
 
 
 def test_shared_prompt(publish) -> None:
