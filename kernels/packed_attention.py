@@ -33,10 +33,10 @@ class Blocks(NamedTuple):
 
 
 # Compute capability -> width of the heads -> block, for half precision: the largest tried that don't spill with
-# Triton 3.6 and 3.8 (tests/kernels/aot.py).
+# Triton 3.6 and 3.8 (tests/kernels/aot.py). A device takes the row of the newest capability that is not above its own.
 FORWARD = {
     80: {64: Blocks(128, 64, 8, 2), 128: Blocks(128, 64, 8, 2), 256: Blocks(64, 32, 8, 2)},
-    89: {64: Blocks(128, 64, 8, 2), 128: Blocks(64, 64, 8, 2), 256: Blocks(64, 32, 8, 2)},
+    86: {64: Blocks(128, 32, 8, 2), 128: Blocks(64, 64, 8, 2), 256: Blocks(64, 32, 8, 2)},
     90: {64: Blocks(128, 128, 8, 2), 128: Blocks(128, 64, 8, 3), 256: Blocks(64, 32, 8, 2)},
     100: {64: Blocks(128, 64, 8, 2), 128: Blocks(64, 64, 8, 2), 256: Blocks(64, 32, 8, 2)},
     120: {64: Blocks(128, 32, 8, 2), 128: Blocks(64, 64, 8, 2), 256: Blocks(64, 32, 8, 2)},
@@ -49,7 +49,7 @@ DKV = {
 }
 DQ = {
     80: {64: Blocks(64, 64, 8, 2), 128: Blocks(64, 64, 8, 2), 256: Blocks(64, 32, 8, 1)},
-    89: {64: Blocks(64, 32, 8, 2), 128: Blocks(64, 64, 8, 2), 256: Blocks(64, 32, 8, 1)},
+    86: {64: Blocks(64, 32, 8, 2), 128: Blocks(64, 64, 8, 2), 256: Blocks(64, 32, 8, 1)},
     90: {64: Blocks(128, 64, 8, 2), 128: Blocks(128, 64, 8, 2), 256: Blocks(32, 32, 8, 1)},
     100: {64: Blocks(128, 64, 8, 2), 128: Blocks(64, 64, 8, 2), 256: Blocks(64, 32, 8, 1)},
     120: {64: Blocks(64, 32, 8, 2), 128: Blocks(64, 64, 8, 2), 256: Blocks(64, 32, 8, 1)},
@@ -165,6 +165,11 @@ def _launch(blocks: Blocks) -> dict[str, int]:
 def _blocks(float_blocks: dict[int, Blocks], blocks: dict[int, dict[int, Blocks]], q: Tensor, v: Tensor) -> Blocks:
     """Block for a problem: it depends on the device, the dtype and the width of the heads, never on T."""
     width = max(q.shape[2], v.shape[2])
+    if width > 256:
+        raise ValueError(
+            f"packed_attention: the backend triton takes heads of up to 256 wide, got q {list(q.shape)} and "
+            f'v {list(v.shape)}; use_backend("reference", "packed_attention") computes any width'
+        )
     width = 64 if width <= 64 else 128 if width <= 128 else 256
     if q.dtype == torch.float32:
         return float_blocks[width]
@@ -183,24 +188,31 @@ def ahead_of_time() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], 
         (kernels.dkv_kernel, DKV, FLOAT_DKV),
         (kernels.dq_kernel, DQ, FLOAT_DQ),
     ):
-        for capability in (80, 89, 90, 100, 120):
-            for width, blocks in _newest(half, capability).items():
-                yield _compiled(kernel, "bf16", width, blocks, capability)
-            yield _compiled(kernel, "fp16", 128, _newest(half, capability)[128], capability, window=True, rich=True)
+        for capability in half:
+            blocks = _newest(half, capability)
+            yield _compiled(kernel, "bf16", 64, blocks[64], capability)
+            yield _compiled(kernel, "bf16", 128, blocks[128], capability)
+            yield _compiled(kernel, "bf16", 256, blocks[256], capability, "window softcap")  # Gemma 2
+            yield _compiled(kernel, "fp16", 128, blocks[128], capability, "window softcap sinks")
+            if kernel is kernels.forward_kernel:
+                yield _compiled(kernel, "bf16", 64, blocks[64], capability, "window sinks")  # GPT-OSS
+        for width in (64, 128):
+            yield _compiled(kernel, "bf16", width, _newest(half, 89)[width], 89)  # block sizes of an older one
         for width, blocks in single.items():  # on sm_90, where float32 spills first
-            yield _compiled(kernel, "fp32", width, blocks, 90, rich=True)
+            yield _compiled(kernel, "fp32", width, blocks, 90, "softcap sinks")
     sizes = {"VALUE_WIDTH": 128, "BLOCK_VALUE_WIDTH": 128, "QUERIES": DELTA_QUERIES}
     yield "delta_kernel", kernels.delta_kernel, _signature(kernels.delta_kernel, "bf16", sizes), sizes, {"num_warps": 4}
 
 
 def _compiled(
-    kernel, dtype: str, width: int, blocks: Blocks, capability: int, window: bool = False, rich: bool = False
+    kernel, dtype: str, width: int, blocks: Blocks, capability: int, features: str = ""
 ) -> tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]:
-    """One entry; `rich` means with softcap and sinks."""
-    constants = {"SOFTCAP": rich, "WINDOW": window, "SINKS": rich, **_sizes(width, width), **_launch(blocks)}
+    """One entry."""
+    constants = {name: name.lower() in features for name in ("SOFTCAP", "WINDOW", "SINKS")}
+    constants |= _sizes(width, width) | _launch(blocks)
     options = {name: constants.pop(name) for name in ("num_warps", "num_stages")} | {"capability": capability}
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
-    name = f"{kernel.__name__} {dtype} {width}{' window' if window else ''}{' rich' if rich else ''}"
+    name = f"{kernel.__name__} {dtype} {width} {features}".strip()
     return name, kernel, _signature(kernel, dtype, constants), constants, options
 
 

@@ -12,7 +12,6 @@ from posttrain.ops.layout import BLOCK
 _GRAIN = tl.constexpr(BLOCK)
 _SPAN = tl.constexpr(32)  # blocks of the schedule to look at together; more spill registers, a warp then shares them
 _LOG2E = tl.constexpr(1.4426950408889634)
-_LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -42,17 +41,17 @@ def _store(x, value, first, token_stride, T, COUNT: tl.constexpr, WIDTH: tl.cons
 
 @triton.jit
 def _scores(q, k, scale, softcap, SOFTCAP: tl.constexpr):
-    """Scores in units of log 2: [queries, keys]."""
+    """Scores, [queries, keys]; differences of them are taken before they go to base 2, as scores may be large."""
     raw = tl.dot(q, tl.trans(k), input_precision="ieee")
     if SOFTCAP:
-        return tanh(raw * (scale / softcap)) * (softcap * _LOG2E)
-    return raw * (scale * _LOG2E)
+        return tanh(raw * (scale / softcap)) * softcap
+    return raw * scale
 
 
 @triton.jit
 def _slope(s, softcap):
-    """Derivative of the cap, 1 - tanh^2, from scores in units of log 2."""
-    th = s * (_LN2 / softcap)
+    """Derivative of the cap, 1 - tanh^2, from scores."""
+    th = s * (1.0 / softcap)
     return 1.0 - th * th
 
 
@@ -116,23 +115,23 @@ def forward_kernel(
                     s = tl.where(_sees(query[:, None], key[None, :], mask, WINDOW), s, float("-inf"))
                 new_top = tl.maximum(top, tl.max(s, 1))
                 reference = tl.where(new_top == float("-inf"), 0.0, new_top) if masked else new_top
-                factor = tl.exp2(top - reference)
-                p = tl.exp2(s - reference[:, None])
+                factor = tl.exp2((top - reference) * _LOG2E)
+                p = tl.exp2((s - reference[:, None]) * _LOG2E)
                 total = total * factor + tl.sum(p, 1)
                 b_v = _load(v, first_key, v_token, T, KEYS, VALUE_WIDTH, BLOCK_VALUE_WIDTH)
                 b_out = tl.dot(p.to(b_v.dtype), b_v, b_out * factor[:, None], input_precision="ieee")
                 top = new_top
         needed = _first(largest_until, end, end_key, first_query + 1, True)
     if SINKS:
-        sink = tl.load(sinks + head).to(tl.float32) * _LOG2E
+        sink = tl.load(sinks + head).to(tl.float32)
         new_top = tl.maximum(top, sink)
-        factor = tl.exp2(top - new_top)
-        total = total * factor + tl.exp2(sink - new_top)
+        factor = tl.exp2((top - new_top) * _LOG2E)
+        total = total * factor + tl.exp2((sink - new_top) * _LOG2E)
         b_out *= factor[:, None]
         top = new_top
     seen = total > 0
     b_out = tl.where(seen[:, None], b_out / tl.where(seen, total, 1.0)[:, None], 0.0)
-    b_lse = tl.where(seen, (top + tl.log2(tl.where(seen, total, 1.0))) * _LN2, float("-inf"))
+    b_lse = tl.where(seen, top + tl.log(tl.where(seen, total, 1.0)), float("-inf"))
     out += head * VALUE_WIDTH
     _store(out, b_out, first_query, heads * VALUE_WIDTH, T, QUERIES, VALUE_WIDTH, BLOCK_VALUE_WIDTH)
     tl.store(lse + head * T + query, b_lse, mask=query < T)
@@ -157,10 +156,10 @@ def _score_gradient(
     a, b, grad_a, grad_b, lse, delta, query, key, mask, scale, softcap,
     SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """(p, ds), both [queries, keys] float32 for lse in units of log 2, or transposed with all operands changed over."""
+    """(p, ds), both [queries, keys] float32, or transposed with all operands changed over."""
     s = _scores(a, b, scale, softcap, SOFTCAP)
     shown = tl.where(_sees(query, key, mask, WINDOW), s, float("-inf")) if MASKED else s
-    p = tl.exp2(shown - lse)
+    p = tl.exp2((shown - lse) * _LOG2E)
     ds = p * (tl.dot(grad_a, tl.trans(grad_b), input_precision="ieee") - delta)
     if SOFTCAP:
         ds *= _slope(s, softcap)
@@ -169,9 +168,9 @@ def _score_gradient(
 
 @triton.jit
 def _rows_of(lse, delta, query, T):
-    """lse in units of log 2 and delta; queries that see nothing or aren't there get an lse that makes p 0."""
+    """lse and delta; queries that see nothing or aren't there get an lse that makes p 0."""
     b_lse = tl.load(lse + query, mask=query < T, other=float("-inf"))
-    b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse * _LOG2E)
+    b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse)
     return b_lse, tl.load(delta + query, mask=query < T, other=0.0)
 
 

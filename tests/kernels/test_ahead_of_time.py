@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from aot import SHARED_MEMORY, launching_modules
+from aot import ARCHITECTURES, SHARED_MEMORY, launching_modules
 
 
 def _compile(module: str) -> list[dict]:
@@ -22,7 +22,7 @@ def _compile(module: str) -> list[dict]:
 @pytest.mark.parametrize("module", launching_modules())
 def test_kernels_fit_every_architecture(module: str) -> None:
     reports = _compile(module)
-    assert {report["capability"] for report in reports} == set(SHARED_MEMORY)
+    assert {report["capability"] for report in reports} >= set(ARCHITECTURES)
     for report in reports:
         assert report["spilled"] == 0, report
         assert report["shared"] <= SHARED_MEMORY[report["capability"]], report

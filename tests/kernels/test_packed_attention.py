@@ -4,7 +4,9 @@ from functools import partial
 
 import pytest
 import torch
-from tolerance import check, gradients
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tolerance import assert_true_to, check, gradients
 from torch import Tensor
 
 from posttrain import ops
@@ -58,6 +60,24 @@ def test_full_blocks_widths_and_strides(triton_device) -> None:
     check(*both(layout), list(fused.split([3, 1, 1], 1)))
 
 
+def test_output_gradients_without_strides_and_with_gaps(triton_device) -> None:
+    layout = PackedLayout.from_forest([10, 7, 6], [-1, 0, 0], device=triton_device)
+    op, truth = both(layout)
+    inputs = operands(23, 4, 2, 16, triton_device)
+    check(lambda *x: op(*x).sum(), lambda *x: truth(*x).sum(), inputs)
+    check(lambda *x: op(*x).transpose(1, 2)[::2], lambda *x: truth(*x).transpose(1, 2)[::2], inputs)
+
+
+@pytest.mark.parametrize("level", [1e4, -1e4])
+def test_outputs_for_scores_of_ten_thousand(level, triton_device) -> None:
+    """Whole numbers apart, so that many keys matter and only the softmax can err."""
+    layout = PackedLayout.from_forest([10, 7, 6, 9], [-1, 0, 0, -1], device=triton_device)
+    q, k, v = operands(32, 4, 2, 8, triton_device)
+    q, k = (torch.cat([x.round(), torch.full_like(x[..., :1], last)], -1) for x, last in ((q, level / 100), (k, 100)))
+    op, truth = both(layout, scale=1.0)
+    assert_true_to(op(q, k, v), truth(*(x.double() for x in (q, k, v))))
+
+
 def test_sinks(triton_device) -> None:
     layout = PackedLayout.from_lengths([33, 8], device=triton_device)
     sinks = torch.tensor([0.5, 20.0, -20.0, -1.0], device=triton_device)
@@ -85,6 +105,14 @@ def test_numbers_of_heads(heads, key_heads, triton_device) -> None:
     check(*both(layout), operands(14, heads, key_heads, 16, triton_device))
 
 
+@pytest.mark.parametrize("width, value_width", [(257, 8), (8, 320)])
+def test_heads_wider_than_the_tiles(width, value_width, triton_device) -> None:
+    layout = PackedLayout.from_lengths([2], device=triton_device)
+    q, k, v = (torch.zeros(2, 1, size, device=triton_device) for size in (width, width, value_width))
+    with pytest.raises(ValueError, match=rf"up to 256 wide, got q \[2, 1, {width}\] and v \[2, 1, {value_width}\]"):
+        ops.packed_attention(q, k, v, layout)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision(dtype, triton_device) -> None:
     if triton_device == "cpu" and dtype == torch.bfloat16:
@@ -109,3 +137,43 @@ def test_runs_repeat_bit_for_bit(triton_device) -> None:
     inputs = operands(72, 4, 2, 16, triton_device)
     first, second = (sum(gradients(both(layout)[0], inputs), ()) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_other_sequences_change_no_bit_while_their_lengths_stay(triton_device) -> None:
+    layout = PackedLayout.from_forest([33, 20, 9, 30, 50], [-1, 0, 0, -1, -1], device=triton_device)
+    inputs = operands(142, 2, 1, 16, triton_device)
+    others = torch.ones(142, 1, 1, device=triton_device)
+    others[62:92] = 0
+    changed = [x + others for x in inputs]
+    before, after = (sum(gradients(both(layout)[0], x), ()) for x in (inputs, changed))
+    assert all(torch.equal(a[62:92], b[62:92]) for a, b in zip(before, after, strict=True))
+    assert not any(torch.equal(a[:62], b[:62]) for a, b in zip(before, after, strict=True))
+
+
+@st.composite
+def forests(draw: st.DrawFn) -> tuple[list[int], list[int]]:
+    """Random segments, each a root or a child of one on the path to the segment before."""
+    lengths = draw(st.lists(st.integers(0, 30), min_size=1, max_size=5))
+    parents, path = [], []
+    for i in range(len(lengths)):
+        path = path[: draw(st.integers(0, len(path)))]
+        parents.append(path[-1] if path else -1)
+        path.append(i)
+    return lengths, parents
+
+
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(forest=forests(), window=st.none() | st.integers(1, 40), softcap=st.none() | st.just(1.5))
+def test_any_forest_with_gradients(forest, window, softcap, triton_device) -> None:
+    layout = PackedLayout.from_forest(*forest, device=triton_device)
+    sinks = torch.tensor([1.0, -1.0], device=triton_device)
+    inputs = [*operands(layout.num_tokens, 2, 1, 16, triton_device), sinks]
+    check(*both(layout, window=window, softcap=softcap), inputs)
+
+
+def test_opcheck(triton_device) -> None:
+    layout = PackedLayout.from_forest([6, 3, 4], [-1, 0, 0], device=triton_device)
+    inputs = [x.requires_grad_() for x in operands(13, 2, 1, 16, triton_device)]
+    mask = layout.visible_until, layout.positions, layout.schedule
+    sinks = torch.zeros(2, device=triton_device, requires_grad=True)
+    torch.library.opcheck(torch.ops.posttrain.packed_attention, (*inputs, *mask, sinks, 0.5, 3, 1.0, "triton"))
