@@ -25,7 +25,7 @@ from torch import Tensor
 from posttrain import _C
 from posttrain.ops.logprob_problem import IGNORED, Grads, Needs, Problem
 
-ROWS, COLUMNS = 2048, 2048
+ROWS, COLUMNS = 4096, 2048
 
 
 class _Targets(NamedTuple):
