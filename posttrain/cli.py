@@ -8,11 +8,24 @@ import difflib
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from importlib import import_module
+from typing import Any, NamedTuple, NoReturn
 
 from posttrain import __version__
 from posttrain.train.config import ConfigError, TrainConfig, fields_of, read_yaml
 from posttrain.train.sft_config import SFTConfig
+
+
+class _Method(NamedTuple):
+    """A command that trains."""
+
+    name: str
+    config: type[TrainConfig]
+    trainer: str  # module:class
+    help: str
+
+
+_METHODS = (_Method("sft", SFTConfig, "posttrain.train.sft:SFTTrainer", "supervised fine-tuning"),)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -39,8 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _unknown_flag(flag: str, options: argparse.Namespace) -> str:
     name = flag.partition("=")[0]
-    nearest = difflib.get_close_matches(name.replace("-", "_").strip("_"), fields_of(SFTConfig), n=1)
-    hint = f"; did you mean --{nearest[0]}?" if nearest and options.run is _sft else ""
+    known = fields_of(options.method.config) if options.run is _train else ()
+    nearest = difflib.get_close_matches(name.replace("-", "_").strip("_"), known, n=1)
+    hint = f"; did you mean --{nearest[0]}?" if nearest else ""
     return f"unknown argument {name}{hint}"
 
 
@@ -48,11 +62,11 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="posttrain", description="Post-training of language models.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"posttrain {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="command")
-    sft = commands.add_parser(
-        "sft", help="supervised fine-tuning", description="Supervised fine-tuning.", allow_abbrev=False
-    )
-    _add_fields(sft, SFTConfig)
-    sft.set_defaults(run=_sft)
+    for method in _METHODS:
+        about = method.help[0].upper() + method.help[1:] + "."
+        command = commands.add_parser(method.name, help=method.help, description=about, allow_abbrev=False)
+        _add_fields(command, method.config)
+        command.set_defaults(run=_train, method=method)
     doctor = commands.add_parser("doctor", help="show what this machine has and which backends it would use")
     doctor.set_defaults(run=_doctor)
     return parser
@@ -73,21 +87,22 @@ def _add_fields(parser: argparse.ArgumentParser, config: type[TrainConfig]) -> N
         parser.add_argument(*flags, dest=name, default=argparse.SUPPRESS, metavar="VALUE", help=text, **bare)
 
 
-def _sft(options: argparse.Namespace) -> int:
+def _train(options: argparse.Namespace) -> int:
+    method: _Method = options.method
     values = read_yaml(options.config) if options.config else {}
-    flags = {name: value for name, value in vars(options).items() if name in fields_of(SFTConfig)}
-    config = SFTConfig.from_mapping(values | flags, source=options.config or "flags")
+    flags = {name: value for name, value in vars(options).items() if name in fields_of(method.config)}
+    config = method.config.from_mapping(values | flags, source=options.config or "flags")
 
     from transformers.utils.logging import disable_progress_bar
 
     from posttrain.data.rows import DataError
     from posttrain.models import ModelError
-    from posttrain.train.sft import SFTTrainer
 
     disable_progress_bar()  # ours shows the training; the others are of loading and saving files
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # PEFT uses its older names
+    module, _, name = method.trainer.partition(":")
     try:
-        result = SFTTrainer(args=config).train()
+        result = getattr(import_module(module), name)(args=config).train()
     except (DataError, ModelError) as error:
         raise ConfigError(str(error)) from error
     print(f"{result.global_step} steps, loss {result.loss:.4f}; checkpoint in {result.checkpoint}")

@@ -59,6 +59,7 @@ class TrainConfig:
         None, "hold the model in bfloat16, with float32 weights in the optimizer; by default on CUDA only"
     )
     use_cpu: bool = option(False, "train on the CPU even if there is a GPU")
+    skip_bad_rows: bool = option(False, "count and list rows that can't be used, instead of stopping at the first")
     seed: int = option(42, "seed of the data order, of new weights and of dropout")
     train_sampling_strategy: str = option("random", "order of the training data", SAMPLING)
     logging_steps: int = option(10, "steps between two lines of metrics")

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from posttrain.data import PackedBatch
 from posttrain.data.values import first_line
 from posttrain.objectives import Loss
 from posttrain.train import checkpoint
@@ -29,9 +28,9 @@ from posttrain.train.optimizer import Optimizer, half_dtype
 from posttrain.train.plot import plot_metrics
 from posttrain.train.progress import Progress
 from posttrain.train.schedule import learning_rate_factor, num_warmup_steps
-from posttrain.train.source import PackedSource, Step
+from posttrain.train.source import Source, Step
 
-LossFunction = Callable[[Any, PackedBatch, Step], Loss]
+LossFunction = Callable[[Any, Any, Step], Loss]
 """(model, micro-batch, the step it belongs to) -> its share of the step's loss."""
 
 
@@ -59,9 +58,9 @@ class Loop:
         model: Any,
         tokenizer: Any,
         config: TrainConfig,
-        source: PackedSource,
+        source: Source,
         loss: LossFunction,
-        eval_source: PackedSource | None = None,
+        eval_source: Source | None = None,
     ) -> None:
         check_reports(config.report_to)
         self.model = model

@@ -16,7 +16,6 @@ class SFTConfig(TrainConfig):
         None, "train on the completion only; by default so for prompt-completion data"
     )
     assistant_only_loss: bool = option(False, "train on the assistant's messages only")
-    skip_bad_rows: bool = option(False, "count and list rows that can't be used, instead of stopping at the first")
 
     def _check_ranges(self) -> None:
         super()._check_ranges()

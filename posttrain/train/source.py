@@ -6,6 +6,7 @@ resumed sees what it would have seen.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,16 +22,30 @@ class Step:
     """The data of one optimizer step.
 
     Attributes:
-        batches: its micro-batches.
+        batches: its micro-batches; each has a method `to(device)`.
         num_targets: target tokens of all of them.
         num_tokens: tokens of its examples.
         num_packed_tokens: tokens of its micro-batches, in which a shared prefix is there once.
     """
 
-    batches: list[PackedBatch]
+    batches: list[Any]
     num_targets: int
     num_tokens: int
     num_packed_tokens: int
+
+
+class Source(Protocol):
+    """Where the loop gets its steps from."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of one pass over the data."""
+
+    def step(self, number: int) -> Step:
+        """Optimizer step `number`, counted from 0 over all epochs."""
+
+    def everything(self) -> Step:
+        """All data as one step, for an evaluation."""
 
 
 class PackedSource:
