@@ -9,8 +9,10 @@ from posttrain.ops.lora_mlp import lora_mlp
 from posttrain.ops.nf4 import nf4_dequantize, nf4_linear
 from posttrain.ops.nf4_weight import NF4Weight, quantize_nf4
 from posttrain.ops.packed_attention import packed_attention
+from posttrain.ops.paged_attention import paged_attention, write_cache
 from posttrain.ops.rms_norm import rms_norm
 from posttrain.ops.rope import rope
+from posttrain.ops.sample import sample
 
 __all__ = [
     "BackendError",
@@ -27,9 +29,12 @@ __all__ = [
     "nf4_dequantize",
     "nf4_linear",
     "packed_attention",
+    "paged_attention",
     "quantize_nf4",
     "rms_norm",
     "rope",
+    "sample",
     "swiglu",
     "use_backend",
+    "write_cache",
 ]

@@ -102,21 +102,65 @@ def packed_attention(
     sinks: Tensor | None = None,
 ) -> Tensor:
     """`posttrain.ops.packed_attention`, through the whole `[Hq, T, T]` scores."""
+    index = torch.arange(len(q), device=q.device)
+    visible = (index <= index[:, None]) & (index[:, None] < layout.visible_until)
+    if window is not None:
+        visible &= layout.positions[:, None] - layout.positions < window
+    return _attend(q, k, v, visible, scale, softcap, sinks)
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visible: Tensor,
+    scale: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Attention of `[Tq, Hq, D]` over `[Tk, Hkv, D]`, where `visible` `[Tq, Tk]`."""
     group = q.shape[1] // k.shape[1]
     keys, values = (_wide(x).repeat_interleave(group, 1) for x in (k, v))
     scores = torch.einsum("qhd,khd->hqk", _wide(q), keys) * (q.shape[-1] ** -0.5 if scale is None else scale)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    index = torch.arange(len(q), device=q.device)
-    visible = (index <= index[:, None]) & (index[:, None] < layout.visible_until)
-    if window is not None:
-        visible &= layout.positions[:, None] - layout.positions < window
     scores = scores.masked_fill(~visible, -torch.inf)
     if sinks is not None:
         column = sinks.to(scores.dtype)[:, None, None].expand(-1, len(q), 1)
         scores = torch.cat([scores, column], -1)
     weights = scores.softmax(-1)[..., : len(k)]
     return torch.einsum("hqk,khd->qhd", weights, values).to(q.dtype)
+
+
+def paged_attention(
+    q: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor,
+    context_lens: Tensor,
+    query_lens: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """`posttrain.ops.paged_attention`, one sequence at a time."""
+    lengths = [1] * len(q) if query_lens is None else query_lens.tolist()
+    page_size = key_cache.shape[1]
+    out = torch.empty_like(q)
+    for rows, pages, context in zip(
+        torch.arange(len(q)).split(lengths), block_table.long(), context_lens.tolist(), strict=True
+    ):
+        used = pages[: -(-context // page_size)]
+        k, v = (cache[used].flatten(0, 1)[:context] for cache in (key_cache, value_cache))
+        position = torch.arange(context, device=q.device)
+        own = position[context - len(rows) :, None]
+        visible = position <= own
+        if window is not None:
+            visible &= own - position < window
+        out[rows] = _attend(q[rows], k, v, visible, scale, softcap, sinks)
+    return out
 
 
 def nf4_dequantize(weight: NF4Weight, dtype: torch.dtype) -> Tensor:
@@ -229,3 +273,56 @@ def lora_mlp(
     else:
         hidden = geglu(left, right, "tanh" if activation == "gelu_tanh" else "none")
     return lora_linear(hidden, *down, adapter=adapter, dropout=dropout, seed=seed + 2)
+
+
+def sample(
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    seeds: Tensor,
+    offsets: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """`posttrain.ops.sample`, by sorting; all parameters are `[S]`."""
+    wide = _wide(logits)
+    greedy = temperature == 0
+    z = (wide - wide.amax(-1, keepdim=True)) / torch.where(greedy, 1, temperature)[:, None].to(wide.dtype)
+    ordered = z.sort(-1, descending=True).values
+    size = z.shape[1]
+    last = torch.where(top_k == 0, size, top_k).clamp(max=size) - 1
+    kept = z >= ordered.gather(-1, last[:, None])
+    ordered = ordered.masked_fill(ordered < ordered.gather(-1, last[:, None]), -torch.inf)
+    share = ordered.softmax(-1)
+    crossed = (share.cumsum(-1) - share >= top_p[:, None]) & (top_p < 1)[:, None]
+    crossed[:, 0] = False
+    lowest = ordered.masked_fill(crossed, torch.inf).amin(-1)
+    kept &= z >= lowest[:, None]
+    kept &= z >= min_p.to(z.dtype).log()[:, None]
+    drawn = (z + gumbel(seeds, offsets, size, z.dtype)).masked_fill(~kept, -torch.inf).argmax(-1)
+    tokens = torch.where(greedy, z.argmax(-1), drawn)
+    logprobs = z.log_softmax(-1).gather(-1, tokens[:, None])[:, 0].float()
+    return tokens.masked_fill(logprobs.isnan(), 0), logprobs
+
+
+def gumbel(seeds: Tensor, offsets: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+    """The random part of `sample`, `[S, size]`."""
+    i = torch.arange(size, device=seeds.device)
+    counter = 16 * (i // 64) + i % 16
+    words = torch.stack(_philox(counter, seeds[:, None], offsets[:, None]), -1)  # [S, size, 4]
+    word = words.gather(-1, (i // 16 % 4)[None, :, None].expand(len(seeds), size, 1)).squeeze(-1)
+    u = ((word >> 9).to(dtype) + 0.5) / 2**23
+    return -torch.log(-torch.log(u))
+
+
+def _philox(counter: Tensor, key: Tensor, offset: Tensor) -> list[Tensor]:
+    """The four words of Philox 4x32-10 at (counter, 0, offset): int64 tensors of what 32 bits hold."""
+    low = 0xFFFFFFFF
+    c0, c1, c2, c3 = counter, torch.zeros_like(counter), offset & low, (offset >> 32) & low
+    k0, k1 = key & low, (key >> 32) & low
+    for _ in range(10):
+        first, second = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # modulo 2^64
+        c0, c1 = ((second >> 32) & low) ^ c1 ^ k0, second & low
+        c2, c3 = ((first >> 32) & low) ^ c3 ^ k1, first & low
+        k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
+    return [c0, c1, c2, c3]
