@@ -1,6 +1,8 @@
 """Objectives: pure functions from per-token log-probabilities to a loss."""
 
+from posttrain.objectives.advantage import group_advantages
 from posttrain.objectives.loss import Loss
+from posttrain.objectives.policy import policy_loss
 from posttrain.objectives.supervised import cross_entropy
 
-__all__ = ["Loss", "cross_entropy"]
+__all__ = ["Loss", "cross_entropy", "group_advantages", "policy_loss"]
