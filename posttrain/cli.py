@@ -81,7 +81,7 @@ def _add_fields(parser: argparse.ArgumentParser, config: type[TrainConfig]) -> N
             text += f"; one of {', '.join(field.metadata['choices'])}"
         default = getattr(defaults, name)
         if default is not None:
-            text += f" (default: {','.join(default) if isinstance(default, list) else default})"
+            text += f" (default: {','.join(map(str, default)) if isinstance(default, list) else default})"
         flags = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
         bare: Any = {"nargs": "?", "const": "true"} if hint is bool or bool in getattr(hint, "__args__", ()) else {}
         parser.add_argument(*flags, dest=name, default=argparse.SUPPRESS, metavar="VALUE", help=text, **bare)

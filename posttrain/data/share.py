@@ -7,10 +7,13 @@ than `SHORTEST` tokens is not worth a segment of its own: every sequence keeps i
 A tree that is too large for one micro-batch is divided where it branches, as low as possible: each part has what lies
 above it, and that is all that is stored again. With capacity C, a segment that ends e tokens after its root leaves
 room for C - e tokens below it. So, from the leaves up, what continues a segment is put best-fit into as many bins of
-C - e tokens as it needs, and each bin, with the segment on top, is one item for the segment above.
+C - e tokens as it needs, and each bin, with the segment on top, is one item for the segment above. Sequences of one
+unit (the two answers of a preference pair) must not be parted: each waits outside the bins until it meets the others,
+in the segment where their paths part.
 """
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -20,6 +23,8 @@ from numpy.typing import NDArray
 from posttrain.data.pack import pack_best_fit
 
 SHORTEST = 16
+
+_Part = tuple[int, list[int]]  # tokens, and the sequences that end in them
 
 
 @dataclass
@@ -63,11 +68,16 @@ class Forest:
             paths=[[number[segment] for segment in path] for path in paths],
         )
 
-    def divide(self, capacity: int) -> list[list[int]]:
+    def divide(self, capacity: int, units: Sequence[int] | None = None) -> list[list[int]]:
         """Bins of sequences, each sequence once, whose forests have at most `capacity` tokens each.
 
-        A tree that fits stays whole. Raises `ValueError` if a sequence alone doesn't fit.
+        `units[i]` is the unit that sequence i belongs to; a unit is never parted. Without it each sequence is one.
+        A forest that fits stays whole. Raises `ValueError` if a unit alone doesn't fit.
         """
+        if self.num_tokens <= capacity:
+            return [list(range(len(self.paths)))] if self.paths else []
+        units = range(len(self.paths)) if units is None else units
+        sizes = Counter(units)
         ends: list[int] = []
         for length, parent in zip(self.lengths, self.parents, strict=True):
             ends.append(length + (ends[parent] if parent >= 0 else 0))
@@ -76,12 +86,36 @@ class Forest:
             below[path[-1] if path else -1].append((0, [sequence]))
         for segment in reversed(range(len(ends))):
             length = len(self.tokens[segment])
-            parts = _join(below[segment], capacity - ends[segment])
+            whole, waiting = self._gather(below[segment], segment, units, sizes)
+            parts = _join(whole, capacity - ends[segment]) + waiting
             below[self.parents[segment]] += [(length + size, members) for size, members in parts]
-        return [sorted(members) for _, members in _join(below[-1], capacity)]
+        whole, _ = self._gather(below[-1], -1, units, sizes)
+        return [sorted(members) for _, members in _join(whole, capacity)]
 
+    def _gather(
+        self, parts: list[_Part], segment: int, units: Sequence[int], sizes: Mapping[int, int]
+    ) -> tuple[list[_Part], list[_Part]]:
+        """`parts` with the members of each unit that is all there joined, and those whose unit isn't all there.
 
-_Part = tuple[int, list[int]]  # tokens, and the sequences that end in them
+        A joined unit counts the tokens that it has below `segment`.
+        """
+        whole: list[_Part] = []
+        alone: dict[int, list[_Part]] = {}
+        for part in parts:
+            unit = units[part[1][0]]
+            if len(part[1]) < sizes[unit]:
+                alone.setdefault(unit, []).append(part)
+            else:
+                whole.append(part)
+        waiting: list[_Part] = []
+        for unit, found in alone.items():
+            if len(found) < sizes[unit]:
+                waiting += found
+                continue
+            members = [member for _, group in found for member in group]
+            below = {place for member in members for place in self.paths[member] if place > segment}
+            whole.append((sum(len(self.tokens[place]) for place in below), members))
+        return whole, waiting
 
 
 def share_prefixes(sequences: Sequence[NDArray[np.int32]]) -> Forest:

@@ -106,10 +106,10 @@ class TrainConfig:
         return dataclasses.asdict(self)
 
     def _check_ranges(self) -> None:
-        _at_least(self, 1, "per_device_train_batch_size", "gradient_accumulation_steps", "max_tokens_per_batch")
-        _at_least(self, 1, "logging_steps", "eval_steps", "save_total_limit", "lora_alpha")
-        _at_least(self, 0, "learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "save_steps", "lora_r")
-        _at_least(self, 0, "adam_beta1", "adam_beta2", "adam_epsilon", "lora_dropout")
+        at_least(self, 1, "per_device_train_batch_size", "gradient_accumulation_steps", "max_tokens_per_batch")
+        at_least(self, 1, "logging_steps", "eval_steps", "save_total_limit", "lora_alpha")
+        at_least(self, 0, "learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "save_steps", "lora_r")
+        at_least(self, 0, "adam_beta1", "adam_beta2", "adam_epsilon", "lora_dropout")
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed must be from 0 to {2**32 - 1}, got {self.seed}")
         for name in ("adam_beta1", "adam_beta2", "lora_dropout"):
@@ -119,11 +119,12 @@ class TrainConfig:
             raise ConfigError(f"num_train_epochs must be positive, got {self.num_train_epochs:g}")
 
 
-def _at_least(config: TrainConfig, least: int, *names: str) -> None:
+def at_least(config: TrainConfig, least: float, *names: str) -> None:
+    """Raise `ConfigError` if one of these fields is set and below `least`."""
     for name in names:
         value = getattr(config, name)
         if value is not None and value < least:
-            raise ConfigError(f"{name} must be at least {least}, got {value:g}")
+            raise ConfigError(f"{name} must be at least {least:g}, got {value:g}")
 
 
 def fields_of(config: type) -> dict[str, tuple[dataclasses.Field, Any]]:
@@ -185,8 +186,30 @@ def _to_list(value: Any) -> list[str]:
     raise ValueError
 
 
-_CONVERT: dict[Any, Any] = {bool: _to_bool, int: _to_int, float: _to_float, str: _to_str, list[str]: _to_list}
-_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list[str]: "a list of texts"}
+def _to_numbers(value: Any) -> list[float]:
+    if isinstance(value, str):
+        return [_to_float(part) for part in value.split(",")]
+    if isinstance(value, list | tuple):
+        return [_to_float(part) for part in value]
+    raise ValueError
+
+
+_CONVERT: dict[Any, Any] = {
+    bool: _to_bool,
+    int: _to_int,
+    float: _to_float,
+    str: _to_str,
+    list[str]: _to_list,
+    list[float]: _to_numbers,
+}
+_WORDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    list[str]: "a list of texts",
+    list[float]: "a list of numbers",
+}
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

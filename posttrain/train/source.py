@@ -1,9 +1,10 @@
-"""PackedSource: which examples make an optimizer step, and how they are spread over micro-batches.
+"""Sources: which examples make an optimizer step, and how they are spread over micro-batches.
 
 Everything is a pure function of the step's number: the position in the data is that number alone, and a run that is
 resumed sees what it would have seen.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -48,8 +49,45 @@ class Source(Protocol):
         """All data as one step, for an evaluation."""
 
 
-class PackedSource:
-    """Examples in seeded order, `sequences_per_step` at a time, packed without padding.
+class EpochSource(ABC):
+    """`num_sequences` sequences in seeded order, `sequences_per_step` at a time; `_pack` makes a step of them."""
+
+    def __init__(self, num_sequences: int, sequences_per_step: int, shuffle_seed: int | None) -> None:
+        self._num_sequences = num_sequences
+        self._sequences_per_step = sequences_per_step
+        self._shuffle_seed = shuffle_seed
+        self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of one pass over the data; the last one may have fewer sequences."""
+        return -(-self._num_sequences // self._sequences_per_step)
+
+    def step(self, number: int) -> Step:
+        """Optimizer step `number`, counted from 0 over all epochs."""
+        epoch, within = divmod(number, self.steps_per_epoch)
+        first = within * self._sequences_per_step
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, self._shuffled(epoch)
+        return self._pack(self._order[first : first + self._sequences_per_step].tolist())
+
+    def everything(self) -> Step:
+        """All data as one step."""
+        return self._pack(range(self._num_sequences))
+
+    def _shuffled(self, epoch: int) -> Tensor:
+        if self._shuffle_seed is None:
+            return torch.arange(self._num_sequences)
+        generator = torch.Generator().manual_seed(self._shuffle_seed + epoch)
+        return torch.randperm(self._num_sequences, generator=generator)
+
+    @abstractmethod
+    def _pack(self, sequences: Sequence[int]) -> Step:
+        """The step made of these sequences."""
+
+
+class PackedSource(EpochSource):
+    """Examples packed without padding.
 
     A sequence is an example or, with `bin_tokens`, a bin of that many tokens filled with examples (best fit). In either
     case the examples of a step are spread anew over micro-batches of at most `max_tokens` tokens.
@@ -72,48 +110,18 @@ class PackedSource:
             raise ConfigError("there is no example to train on")
         longest = max(range(len(examples)), key=lambda i: len(examples[i]))
         if len(examples[longest]) > max_tokens:
-            name = examples[longest].origin or f"example {longest}"
-            raise ConfigError(
-                f"{name} has {len(examples[longest])} tokens, more than max_tokens_per_batch {max_tokens}; "
-                "raise max_tokens_per_batch or lower max_length"
-            )
+            raise too_long(examples[longest].origin or f"example {longest}", len(examples[longest]), max_tokens)
         self._examples = examples
         self._max_tokens = max_tokens
-        self._sequences_per_step = sequences_per_step
-        self._shuffle_seed = shuffle_seed
         self._forest_of = share_prefixes if share else keep_apart
-        self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
         lengths = [len(example) for example in examples]
         self._sequences = (
             [[i] for i in range(len(examples))] if bin_tokens is None else pack_best_fit(lengths, bin_tokens)
         )
+        super().__init__(len(self._sequences), sequences_per_step, shuffle_seed)
 
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps of one pass over the data; the last one may have fewer sequences."""
-        return -(-len(self._sequences) // self._sequences_per_step)
-
-    def step(self, number: int) -> Step:
-        """Optimizer step `number`, counted from 0 over all epochs."""
-        epoch, within = divmod(number, self.steps_per_epoch)
-        first = within * self._sequences_per_step
-        if epoch != self._epoch:
-            self._epoch, self._order = epoch, self._shuffled(epoch)
-        chosen = self._order[first : first + self._sequences_per_step]
-        return self._pack([i for sequence in chosen.tolist() for i in self._sequences[sequence]])
-
-    def everything(self) -> Step:
-        """All examples as one step."""
-        return self._pack(range(len(self._examples)))
-
-    def _shuffled(self, epoch: int) -> Tensor:
-        if self._shuffle_seed is None:
-            return torch.arange(len(self._sequences))
-        generator = torch.Generator().manual_seed(self._shuffle_seed + epoch)
-        return torch.randperm(len(self._sequences), generator=generator)
-
-    def _pack(self, indices: Sequence[int]) -> Step:
-        examples = [self._examples[i] for i in indices]
+    def _pack(self, sequences: Sequence[int]) -> Step:
+        examples = [self._examples[i] for sequence in sequences for i in self._sequences[sequence]]
         forest = self._forest_of([example.input_ids for example in examples])
         batches = [
             PackedBatch.lay_out([examples[i] for i in members], forest.select(members))
@@ -125,3 +133,11 @@ class PackedSource:
             num_tokens=sum(len(example) for example in examples),
             num_packed_tokens=sum(len(batch.input_ids) for batch in batches),
         )
+
+
+def too_long(name: str, num_tokens: int, max_tokens: int) -> ConfigError:
+    """The error for an example that no micro-batch can hold."""
+    return ConfigError(
+        f"{name} has {num_tokens} tokens, more than max_tokens_per_batch {max_tokens}; "
+        "raise max_tokens_per_batch or lower max_length"
+    )

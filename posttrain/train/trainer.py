@@ -16,6 +16,7 @@ from posttrain.train import checkpoint
 from posttrain.train.config import ConfigError, TrainConfig
 from posttrain.train.loop import Loop, TrainResult, set_seed
 from posttrain.train.optimizer import half_dtype
+from posttrain.train.reference import Reference, adapter_off, frozen_copy
 from posttrain.train.source import Source, Step
 
 
@@ -55,6 +56,7 @@ class Trainer(ABC):
         eval_source = eval_dataset if eval_dataset is not None else self.args.eval_data
         rows = load_rows(source, skip_bad_rows=self.args.skip_bad_rows)
         eval_rows = None if eval_source is None else load_rows(eval_source, skip_bad_rows=self.args.skip_bad_rows)
+        self._new_adapter = peft_config is not None or self.args.lora_r > 0
         self.model, self.processing_class = self._load_model(model, processing_class, peft_config)
         self._loop = Loop(
             self.model,
@@ -120,7 +122,7 @@ class Trainer(ABC):
 
     def _add_adapter(self, model: Any, peft_config: Any) -> Any:
         args = self.args
-        if (peft_config is not None or args.lora_r > 0) and hasattr(model, "peft_config"):
+        if self._new_adapter and hasattr(model, "peft_config"):
             raise ConfigError("the model has an adapter already, which is trained; leave out lora_r and peft_config")
         if peft_config is not None:
             from peft import get_peft_model
@@ -134,6 +136,12 @@ class Trainer(ABC):
             return add_lora(model, args.lora_r, args.lora_alpha, targets, args.lora_dropout)
         except ValueError as error:
             raise ConfigError(f"lora_target_modules {','.join(names)}: {error}") from error
+
+    def _reference(self) -> Reference:
+        """The policy as it is now, before training: the base model of a new adapter, else a frozen copy."""
+        if self._new_adapter:
+            return adapter_off(self.model)
+        return frozen_copy(self.model, half_dtype(self.args, next(self.model.parameters()).device))
 
     def _check_vocabulary(self, examples: Iterable[Example]) -> None:
         """Raise if the model has no embedding for a token."""
