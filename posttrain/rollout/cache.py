@@ -1,0 +1,116 @@
+"""Keys and values of every layer, in pages, and what a step needs to know to use them."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from posttrain.rollout.scheduler import Chunk
+
+
+class LayerShape(NamedTuple):
+    """Key heads of a layer, and their width."""
+
+    heads: int
+    width: int
+
+
+@dataclass
+class StepLayout:
+    """Where the tokens of a step lie, for `write_cache` and `paged_attention`.
+
+    Attributes:
+        slots: int64 `[T]`, where keys and values of each token go.
+        block_table: int32 `[S, max_pages]`.
+        context_lens: int32 `[S]`.
+        query_lens: int32 `[S]`, or None if each sequence has one token.
+    """
+
+    slots: Tensor
+    block_table: Tensor
+    context_lens: Tensor
+    query_lens: Tensor | None
+
+
+class KVCache:
+    """`keys[i]` and `values[i]` of layer i are `[pages, page_size, heads, width]`, or there are none after `release`."""
+
+    def __init__(
+        self, shapes: list[LayerShape], num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.num_pages = num_pages
+        self.page_size = page_size
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+        self._shapes = shapes
+        self._options: Any = {"dtype": dtype, "device": device}
+
+    @property
+    def device(self) -> torch.device:
+        """Of all pages."""
+        return self._options["device"]
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all pages."""
+        return self.num_pages * page_bytes(self._shapes, self.page_size, self._options["dtype"])
+
+    def allocate(self) -> None:
+        """Have memory. On a CPU the system hands it out page by page, as it is first written."""
+        if not self.keys:
+            for heads, width in self._shapes:
+                for caches in (self.keys, self.values):
+                    caches.append(torch.empty(self.num_pages, self.page_size, heads, width, **self._options))
+
+    def release(self) -> None:
+        """Give all memory back."""
+        self.keys, self.values = [], []
+
+    def copy_pages(self, copies: Mapping[int, int]) -> None:
+        """Copy pages: new page -> old page."""
+        if copies:
+            new, old = (torch.tensor(list(part), device=self._options["device"]) for part in (copies, copies.values()))
+            for pages in (*self.keys, *self.values):
+                pages[new] = pages[old]
+
+
+def page_bytes(shapes: list[LayerShape], page_size: int, dtype: torch.dtype) -> int:
+    """Bytes of a page over all layers."""
+    return page_size * dtype.itemsize * sum(2 * heads * width for heads, width in shapes)
+
+
+def lay_out(chunks: list[Chunk], page_size: int, device: torch.device) -> tuple[Tensor, Tensor, StepLayout]:
+    """(token ids int64 `[T]`, positions int64 `[T]`, layout) of a step."""
+    table = np.zeros((len(chunks), max(len(chunk.sequence.pages) for chunk in chunks)), np.int32)
+    for row, chunk in zip(table, chunks, strict=True):
+        row[: len(chunk.sequence.pages)] = chunk.sequence.pages
+    starts = np.array([chunk.start for chunk in chunks])
+    ends = np.array([chunk.end for chunk in chunks])
+    counts = ends - starts
+    owner = np.repeat(np.arange(len(chunks)), counts)
+    positions = np.arange(len(owner)) + np.repeat(ends - np.cumsum(counts), counts)
+    tokens = np.concatenate([np.array(c.sequence.tokens[c.start : c.end], np.int64) for c in chunks])
+    slots = table[owner, positions // page_size].astype(np.int64) * page_size + positions % page_size
+    layout = StepLayout(
+        torch.from_numpy(slots).to(device),
+        torch.from_numpy(table).to(device),
+        torch.from_numpy(ends.astype(np.int32)).to(device),
+        None if len(owner) == len(chunks) else torch.from_numpy(counts.astype(np.int32)).to(device),
+    )
+    return torch.from_numpy(tokens).to(device), torch.from_numpy(positions).to(device), layout
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can be had on `device`."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if os.path.exists("/proc/meminfo"):
+        with open("/proc/meminfo") as lines:
+            for line in lines:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

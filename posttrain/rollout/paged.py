@@ -1,0 +1,118 @@
+"""Run a model that uses our attention on the tokens of a step, with keys and values in pages.
+
+For the time of a forward the model's attention is `attend`, which gets what it needs as a keyword, as packed layouts
+travel. All tokens of a step are one row, and everything else in the decoder works token by token.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from posttrain.models import head
+from posttrain.models.causal_lm import causal_lm, decoder
+from posttrain.ops import paged_attention, write_cache
+from posttrain.rollout.cache import KVCache, LayerShape, StepLayout, lay_out
+from posttrain.rollout.scheduler import Step
+from posttrain.rollout.sequence import Sequence
+
+NAME = "posttrain_paged"
+
+
+class PagedRunner:
+    """Logits of a step, for a model that `prepare` gave our attention."""
+
+    shares = True
+
+    def __init__(self, model: nn.Module, cache: KVCache) -> None:
+        self._model = model
+        self._cache = cache
+
+    def run(self, step: Step) -> Tensor:
+        """Logits `[n, V]` behind the n chunks after which a token is drawn."""
+        self._cache.copy_pages(step.copies)
+        tokens, positions, layout = lay_out(step.chunks, self._cache.page_size, self._cache.device)
+        ends = torch.tensor([chunk.end - chunk.start for chunk in step.chunks]).cumsum(0) - 1
+        drawing = ends[torch.tensor([chunk.draws for chunk in step.chunks])].to(tokens.device)
+        causal = causal_lm(self._model)
+        hidden = _forward(causal, tokens, positions, cache=self._cache, step=layout)
+        return head(self._model).logits(hidden[drawing])
+
+    def split(self, sequence: Sequence, twins: list[Sequence]) -> None:
+        """Nothing: `twins` have the pages of `sequence`."""
+
+    def drop(self, sequence: Sequence) -> None:
+        """Nothing: the pages of `sequence` are dropped."""
+
+
+def layer_shapes(model: nn.Module) -> list[LayerShape]:
+    """What the layers of `model` keep for a token, found by running it on one."""
+    causal = causal_lm(model)
+    shapes: dict[int, LayerShape] = {}
+    token = torch.zeros(1, dtype=torch.int64, device=causal.get_input_embeddings().weight.device)
+    _forward(causal, token, token, shapes=shapes)
+    return [shapes[layer] for layer in sorted(shapes)]
+
+
+def attend(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    cache: KVCache | None = None,
+    step: StepLayout | None = None,
+    shapes: dict[int, LayerShape] | None = None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of query `[1, Hq, T, D]` over the cache, once key and value `[1, Hkv, T, D]` are in it.
+
+    With `shapes` it only notes the shape of its layer.
+    """
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    if shapes is not None:
+        shapes[module.layer_idx] = LayerShape(*k.shape[1:])
+        return q[None], None
+    assert cache is not None and step is not None
+    keys, values = cache.keys[module.layer_idx], cache.values[module.layer_idx]
+    write_cache(k, v, keys, values, step.slots)
+    out = paged_attention(
+        q.contiguous(),
+        keys,
+        values,
+        step.block_table,
+        step.context_lens,
+        step.query_lens,
+        scale=scaling,
+        window=sliding_window,
+        softcap=softcap,
+        sinks=s_aux,
+    )
+    return out[None], None
+
+
+def _forward(causal: Any, tokens: Tensor, positions: Tensor, **options: Any) -> Tensor:
+    """Last hidden states `[T, H]`; a mask of four dimensions is handed on, so transformers makes none."""
+    config = causal.config.get_text_config()
+    before = config._attn_implementation
+    config._attn_implementation = NAME
+    try:
+        output = decoder(causal)(
+            input_ids=tokens[None],
+            position_ids=positions[None],
+            attention_mask=torch.empty(1, 1, 0, 0, device=tokens.device),
+            use_cache=False,
+            **options,
+        )
+    finally:
+        config._attn_implementation = before
+    return output.last_hidden_state[0]
+
+
+AttentionInterface.register(NAME, attend)

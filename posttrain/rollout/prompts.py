@@ -1,0 +1,63 @@
+"""Prompts as tokens."""
+
+from collections.abc import Sequence
+from numbers import Integral
+from typing import Any
+
+import numpy as np
+
+
+def encode(tokenizer: Any, prompt: Any, name: str) -> list[int]:
+    """Token ids of a prompt: a text, token ids, or the messages of a chat, whose answer is to be generated.
+
+    An empty one becomes the beginning-of-sequence token. Raises `ValueError`, which calls the prompt `name`.
+    """
+    if isinstance(prompt, str):
+        ids = tokenizer(prompt, return_attention_mask=False)["input_ids"]
+    elif _is_chat(prompt):
+        ids = _encode_chat(tokenizer, prompt, name)
+    else:
+        ids = _token_ids(prompt, name)
+        size = len(tokenizer)
+        wrong = next((token for token in ids if not 0 <= token < size), None)
+        if wrong is not None:
+            raise ValueError(f"{name} has the token {wrong}; the tokenizer has 0 to {size - 1}")
+    if ids:
+        return list(ids)
+    if tokenizer.bos_token_id is None:
+        raise ValueError(f"{name} has no tokens, and the tokenizer no beginning-of-sequence token to start from")
+    return [tokenizer.bos_token_id]
+
+
+def encode_all(tokenizer: Any, prompts: Any) -> list[list[int]]:
+    """Token ids of every prompt of a list."""
+    one = isinstance(prompts, str | dict) or _is_chat(prompts) or _is_numbers(prompts)
+    if one or not isinstance(prompts, Sequence | np.ndarray):
+        raise ValueError(f"prompts must be a list of prompts, got {type(prompts).__name__}; for one prompt, [prompt]")
+    return [encode(tokenizer, prompt, f"prompt {index}") for index, prompt in enumerate(prompts)]
+
+
+def _is_chat(prompt: Any) -> bool:
+    return isinstance(prompt, Sequence) and len(prompt) > 0 and isinstance(prompt[0], dict)
+
+
+def _is_numbers(prompt: Any) -> bool:
+    return isinstance(prompt, Sequence) and len(prompt) > 0 and isinstance(prompt[0], Integral)
+
+
+def _encode_chat(tokenizer: Any, messages: Any, name: str) -> list[int]:
+    from jinja2 import TemplateError
+
+    if not tokenizer.chat_template:
+        raise ValueError(f"{name} is a chat, and the tokenizer has no chat template")
+    try:
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    except (TemplateError, TypeError, KeyError) as error:
+        raise ValueError(f"the chat template rejects {name}: {error}") from error
+
+
+def _token_ids(prompt: Any, name: str) -> list[int]:
+    ids = prompt.tolist() if hasattr(prompt, "tolist") else prompt
+    if not isinstance(ids, Sequence) or any(not isinstance(token, Integral) for token in ids):
+        raise ValueError(f"{name} must be a text, a list of token ids or a list of messages, got {prompt!r:.80}")
+    return [int(token) for token in ids]

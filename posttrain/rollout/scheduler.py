@@ -1,0 +1,192 @@
+"""What is computed next: continuous batching, prompts in chunks, pre-emption.
+
+Every step has up to `max_tokens` tokens: one of each sequence that is drawing, and for the rest pieces of prompts. A
+sequence joins when there is room and leaves when it is complete. When pages run out, the sequence that joined last
+gives its pages up, and its tokens are computed again when there is room: it draws the same tokens.
+
+Of sequences with the same prompt, or the same beginning, one computes and the others wait for its pages.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from posttrain.rollout.pages import Digest, OutOfPages, PagePool, page_digests
+from posttrain.rollout.sequence import Sequence
+
+
+class Chunk(NamedTuple):
+    """Tokens `[start, end)` of a sequence, which a step computes."""
+
+    sequence: Sequence
+    start: int
+    end: int
+
+    @property
+    def draws(self) -> bool:
+        """Whether a token can be drawn after it."""
+        return self.end == len(self.sequence.tokens)
+
+
+class Step(NamedTuple):
+    """The chunks of a step, and the pages to copy before it: new page -> old page."""
+
+    chunks: list[Chunk]
+    copies: dict[int, int]
+
+
+class Scheduler:
+    """Puts sequences into steps.
+
+    Attributes:
+        waiting: sequences that aren't in a step yet, or no longer.
+        running: the others, in the order in which they joined.
+        preempted: how often a sequence had to give its pages up.
+        shared_tokens: tokens of prompts that were found in the cache.
+        prompt_tokens: all tokens of prompts.
+    """
+
+    def __init__(self, pool: PagePool, max_sequences: int, max_tokens: int, share: bool = True) -> None:
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.preempted = 0
+        self.shared_tokens = 0
+        self.prompt_tokens = 0
+        self._pool = pool
+        self._max_sequences = max_sequences
+        self._max_tokens = max_tokens
+        self._share = share
+
+    def next_step(self) -> Step:
+        """The next step, empty if no sequence is left. Raises `OutOfPages` if not one sequence has room."""
+        step = Step([], {})
+        room = self._max_tokens
+        position = 0
+        while position < len(self.running) and room:
+            sequence = self.running[position]
+            end = min(len(sequence.tokens), sequence.computed + room)
+            if not self._make_room(sequence, end, step):
+                break
+            room -= end - sequence.computed
+            self._append(sequence, end, step)
+            position += 1
+        self._admit(room, step)
+        if not step.chunks and (self.waiting or self.running):
+            raise OutOfPages(f"{self._pool.num_pages} pages of {self._pool.page_size} tokens don't hold one sequence")
+        return step
+
+    def split(self, sequence: Sequence, twins: Iterable[Sequence]) -> None:
+        """`twins` go on from the pages of `sequence`."""
+        for twin in reversed(list(twins)):
+            for page in sequence.pages:
+                self._pool.hold(page)
+            twin.pages = sequence.pages.copy()
+            twin.digests = sequence.digests.copy()
+            if len(self.running) < self._max_sequences:
+                self.running.insert(self.running.index(sequence) + 1, twin)
+            else:
+                self.waiting.appendleft(twin)
+
+    def remove(self, sequence: Sequence) -> None:
+        """`sequence` is complete."""
+        self.running.remove(sequence) if sequence in self.running else self.waiting.remove(sequence)
+        self._drop(sequence)
+
+    def clear(self) -> None:
+        """No sequence goes on."""
+        for sequence in (*self.running, *self.waiting):
+            self._drop(sequence)
+        self.running.clear()
+        self.waiting.clear()
+
+    def _drop(self, sequence: Sequence) -> None:
+        self._pool.drop(sequence.pages)
+        sequence.pages, sequence.computed = [], 0
+
+    def _make_room(self, sequence: Sequence, end: int, step: Step) -> bool:
+        """Reserve pages, at the cost of those that joined later; False if `sequence` itself had to leave."""
+        while True:
+            try:
+                self._reserve(sequence, end, step)
+                return True
+            except OutOfPages:
+                holder = next((waiting for waiting in self.waiting if waiting.pages), None)
+                victim = holder or self.running.pop()
+                self._drop(victim)
+                self.preempted += 1
+                if holder is None:
+                    self.waiting.appendleft(victim)
+                if victim is sequence:
+                    return False
+
+    def _reserve(self, sequence: Sequence, end: int, step: Step) -> None:
+        """Pages for the tokens up to `end`, those that will be written held by nobody else."""
+        size, pages = self._pool.page_size, sequence.pages
+        first = sequence.computed // size
+        if first < len(pages) and self._pool.shared(pages[first]):
+            copy = self._pool.take()
+            step.copies[copy] = pages[first]
+            self._pool.drop([pages[first]])
+            pages[first] = copy
+        while len(pages) * size < end:
+            pages.append(self._pool.take())
+
+    def _append(self, sequence: Sequence, end: int, step: Step) -> None:
+        """Put the tokens up to `end` into the step; full pages of it are filed, since all is written before it is read."""
+        step.chunks.append(Chunk(sequence, sequence.computed, end))
+        if self._share and end - sequence.computed > 1:  # a prompt: others may have the same
+            digests = page_digests(sequence.tokens, self._pool.page_size, sequence.digests)
+            for index in range(sequence.computed // self._pool.page_size, end // self._pool.page_size):
+                self._pool.file(sequence.pages[index], digests[index])
+
+    def _admit(self, room: int, step: Step) -> None:
+        """Let waiting sequences join, as long as each one running can have another page."""
+        passed: list[Sequence] = []
+        while self.waiting and room and len(self.running) < self._max_sequences:
+            sequence = self.waiting.popleft()
+            if not sequence.pages and not self._find_pages(sequence):
+                passed.append(sequence)
+                continue
+            end = min(len(sequence.tokens), sequence.computed + room)
+            if self.running and self._pages_missing(sequence, end) + len(self.running) > self._pool.available:
+                self.waiting.appendleft(sequence)
+                break
+            self.running.append(sequence)
+            if not self._make_room(sequence, end, step):
+                break
+            room -= end - sequence.computed
+            self._append(sequence, end, step)
+        self.waiting.extendleft(reversed(passed))
+
+    def _pages_missing(self, sequence: Sequence, end: int) -> int:
+        return -(-end // self._pool.page_size) - len(sequence.pages) + 1
+
+    def _find_pages(self, sequence: Sequence) -> bool:
+        """Hold the pages that have the beginning of `sequence`; False if one of them is still being computed."""
+        size = self._pool.page_size
+        found: list[int] = []
+        for digest in self._findable(sequence):
+            page = self._pool.find(digest)
+            if page is None:
+                if digest in self._coming():
+                    return False
+                break
+            found.append(page)
+        for page in found:
+            self._pool.hold(page)
+        sequence.pages, sequence.computed = found, len(found) * size
+        self.shared_tokens += min(sequence.computed, sequence.start)
+        self.prompt_tokens += sequence.start
+        return True
+
+    def _findable(self, sequence: Sequence) -> list[Digest]:
+        """Digests of the full pages before the last token, which has to be computed in any case."""
+        if not self._share:
+            return []
+        size = self._pool.page_size
+        return page_digests(sequence.tokens, size, sequence.digests)[: (len(sequence.tokens) - 1) // size]
+
+    def _coming(self) -> Iterator[Digest]:
+        """Digests of pages whose content isn't computed yet."""
+        for sequence in self.running:
+            yield from sequence.digests[sequence.computed // self._pool.page_size :]
