@@ -132,23 +132,40 @@ class Loop:
         with _evaluating(self.model), torch.no_grad():
             for batch in everything.batches:
                 window.add(self.loss(self.model, batch.to(self.device), everything).metrics)
-        return {f"eval_{name}": value for name, value in window.totals().items()}
+        window.add(everything.metrics)
+        window.end_step()
+        return {f"eval_{name}": value for name, value in window.take().items()}
 
     def _train_step(self, step: int) -> float:
         """Optimizer step `step`, counted from 1. Returns the gradient's norm."""
         started = time.perf_counter()
-        data = self.source.step(step - 1)
+        data = self._data(step)
         self.model.train()
         for batch in data.batches:
             loss = self.loss(self.model, batch.to(self.device), data)
-            loss.value.backward()
+            if loss.value.requires_grad:  # else the gradient is known to be 0
+                loss.value.backward()
             self._window.add(loss.metrics)
+        self._window.add(data.metrics)
         norm = self._optimizer.step(self._learning_rate(step)).item()  # waits for the device, so the time is the work's
         self._window.end_step()
         self._num_tokens += data.num_tokens
         self._num_packed_tokens += data.num_packed_tokens
         self._speed.add(time.perf_counter() - started, data.num_tokens)
         return norm
+
+    def _data(self, step: int) -> Step:
+        """The data of step `step`; the work so far is saved if they can't be had (a reward function may fail)."""
+        try:
+            return self.source.step(step - 1)
+        except Exception as error:
+            if step == 1:
+                raise
+            saved = self._save(step - 1)
+            if isinstance(error, ConfigError):
+                raise ConfigError(f"{error}; the run up to step {step - 1} is in {saved}") from error
+            error.add_note(f"the run up to step {step - 1} is in {saved}")
+            raise
 
     def _learning_rate(self, step: int) -> float:
         kind = self.config.lr_scheduler_type
@@ -177,11 +194,11 @@ class Loop:
             "num_steps": self.num_steps,
             "num_tokens": self._num_tokens,
             "num_packed_tokens": self._num_packed_tokens,
-            "window": {"steps": self._window.steps, "totals": self._window.totals()},
+            "window": self._window.state(),
             "config": self.config.to_mapping(),
         }
-        optimizer = self._optimizer.state()
-        folder = checkpoint.save(self.output_dir, step, self.model, self.tokenizer, optimizer, state)
+        optimizer, source = self._optimizer.state(), self.source.state(step)
+        folder = checkpoint.save(self.output_dir, step, self.model, self.tokenizer, optimizer, state, source)
         if self.config.save_total_limit is not None:
             checkpoint.remove_old(self.output_dir, self.config.save_total_limit)
         return folder
@@ -202,7 +219,7 @@ class Loop:
     def _resume(self, folder: Path) -> int:
         """Restore everything from `folder`; returns the step it was saved after."""
         try:
-            optimizer, state = checkpoint.load(folder, self.model, self.device)
+            optimizer, state, source = checkpoint.load(folder, self.model, self.device)
             self._optimizer.load_state(optimizer)
         except ConfigError:
             raise
@@ -210,8 +227,10 @@ class Loop:
             raise ConfigError(
                 f"resume_from_checkpoint: {folder} doesn't fit this model: {first_line(error)}"
             ) from error
-        self._window.restore(state["window"]["steps"], state["window"]["totals"])
-        self._num_tokens, self._num_packed_tokens = state["num_tokens"], state["num_packed_tokens"]
+        self.source.restore(source)
+        self._window.restore(state["window"])
+        self._num_tokens = state["num_tokens"]
+        self._num_packed_tokens = state.get("num_packed_tokens", self._num_tokens)  # older checkpoints don't have it
         return state["step"]
 
 

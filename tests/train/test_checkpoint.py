@@ -150,6 +150,19 @@ def test_resume_from_a_damaged_folder_says_what_is_wrong(two_checkpoints, model_
         run.train(resume_from_checkpoint=str(two_checkpoints / "checkpoint-2"))
 
 
+def test_resume_from_a_checkpoint_from_before_tokens_were_shared(two_checkpoints, model_dir, rows):
+    folder = two_checkpoints / "checkpoint-2"
+    state = json.loads((folder / "trainer_state.json").read_text())
+    del state["num_packed_tokens"]
+    (folder / "trainer_state.json").write_text(json.dumps(state))
+    (folder / checkpoint.MANIFEST).unlink()
+    checkpoint._seal(folder)
+    run = trainer(model_dir, two_checkpoints, rows, max_steps=3)
+    run.train(resume_from_checkpoint=True)
+    last = run.log_history[-1]
+    assert last["num_packed_tokens"] == last["num_tokens"] > state["num_tokens"]
+
+
 KILLED = """
 import os, sys
 from pathlib import Path
