@@ -5,7 +5,8 @@ SHA-256 of each file goes in last, and the folder is renamed. Whatever happens i
 stays as it was, and a folder without a valid manifest is not a checkpoint.
 
 The weights (or the adapter) and the tokenizer are saved as transformers and PEFT save them, so the folder is also a
-plain model folder. Beside them lie `optimizer.safetensors`, `rng.safetensors` and `trainer_state.json`: no pickle.
+plain model folder. Beside them lie `optimizer.safetensors`, `rng.safetensors` and `trainer_state.json`, and in
+`source.safetensors` what the source of the data still has in hand, if anything: no pickle.
 """
 
 import hashlib
@@ -29,13 +30,23 @@ MANIFEST = "manifest.json"
 _STATE = "trainer_state.json"
 _OPTIMIZER = "optimizer.safetensors"
 _RNG = "rng.safetensors"
+_SOURCE = "source.safetensors"
 _NAME = re.compile(r"checkpoint-\d+")
 
 
 def save(
-    output_dir: Path, step: int, model: Any, tokenizer: Any, optimizer: dict[str, Tensor], state: dict[str, Any]
+    output_dir: Path,
+    step: int,
+    model: Any,
+    tokenizer: Any,
+    optimizer: dict[str, Tensor],
+    state: dict[str, Any],
+    source: dict[str, Tensor] | None = None,
 ) -> Path:
-    """Write `output_dir/checkpoint-<step>` and return its path. `state` is what goes to trainer_state.json."""
+    """Write `output_dir/checkpoint-<step>` and return its path.
+
+    `state` is what goes to trainer_state.json, `source` the state of the source of the data.
+    """
     target = output_dir / f"checkpoint-{step}"
     for abandoned in output_dir.glob(".checkpoint-*.partial"):
         shutil.rmtree(abandoned)
@@ -43,6 +54,8 @@ def save(
     partial.mkdir(parents=True)
     save_model(model, tokenizer, partial)
     save_file({name: tensor.contiguous() for name, tensor in optimizer.items()}, partial / _OPTIMIZER)
+    if source:
+        save_file({name: tensor.contiguous() for name, tensor in source.items()}, partial / _SOURCE)
     rng_tensors, rng_json = _random_state()
     save_file(rng_tensors, partial / _RNG)
     (partial / _STATE).write_text(json.dumps({**state, "step": step, "random": rng_json}, indent=1), encoding="utf-8")
@@ -59,15 +72,18 @@ def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def load(folder: Path, model: nn.Module, device: torch.device) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Restore the weights and the random generators. Returns (optimizer state, trainer state)."""
+def load(
+    folder: Path, model: nn.Module, device: torch.device
+) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Tensor]]:
+    """Restore the weights and the random generators. Returns (optimizer state, trainer state, source's state)."""
     problem = defect(folder)
     if problem:
         raise ConfigError(f"resume_from_checkpoint: {folder} is not a checkpoint: {problem}")
     _load_weights(folder, model)
     state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
     _restore_random(load_file(folder / _RNG), state["random"])
-    return load_file(folder / _OPTIMIZER, device=str(device)), state
+    source = load_file(folder / _SOURCE) if (folder / _SOURCE).is_file() else {}
+    return load_file(folder / _OPTIMIZER, device=str(device)), state, source
 
 
 def defect(folder: Path) -> str | None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,36 +17,46 @@ FILE = "metrics.jsonl"
 
 
 class Window:
-    """Mean over the optimizer steps since the last log line, kept on the device until it is asked for."""
+    """Mean over the optimizer steps since the last log line, kept on the device until it is asked for.
+
+    Within a step the shares of its micro-batches are added up; of a name that ends in `/max` the largest counts. A
+    metric that some steps don't have is averaged over the others.
+    """
 
     def __init__(self) -> None:
-        self.steps = 0
+        self._step: dict[str, Tensor] = {}
         self._sums: dict[str, Tensor] = {}
+        self._steps: Counter[str] = Counter()
 
     def add(self, shares: Mapping[str, Tensor]) -> None:
         """Add what one micro-batch contributes to its step's metrics."""
         for name, share in shares.items():
             wide = share.double()
-            self._sums[name] = self._sums[name] + wide if name in self._sums else wide
+            if name in self._step:
+                wide = torch.maximum(self._step[name], wide) if name.endswith("/max") else self._step[name] + wide
+            self._step[name] = wide
 
     def end_step(self) -> None:
         """The micro-batches of a step are done."""
-        self.steps += 1
+        for name, value in self._step.items():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+            self._steps[name] += 1
+        self._step = {}
 
     def take(self) -> dict[str, float]:
         """The means; the window starts anew."""
-        means = {name: total / self.steps for name, total in self.totals().items()}
-        self.steps, self._sums = 0, {}
+        means = {name: value.item() / self._steps[name] for name, value in self._sums.items()}  # waits for the device
+        self._sums, self._steps = {}, Counter()
         return means
 
-    def totals(self) -> dict[str, float]:
-        """The sums so far. This waits for the device."""
-        return {name: value.item() for name, value in self._sums.items()}
+    def state(self) -> dict[str, Any]:
+        """The sums so far, and of how many steps each is."""
+        return {"totals": {name: value.item() for name, value in self._sums.items()}, "steps": dict(self._steps)}
 
-    def restore(self, steps: int, totals: Mapping[str, float]) -> None:
-        """Go on from `steps` and `totals`."""
-        self.steps = steps
-        self._sums = {name: torch.tensor(value, dtype=torch.float64) for name, value in totals.items()}
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state` gave."""
+        self._sums = {name: torch.tensor(value, dtype=torch.float64) for name, value in state["totals"].items()}
+        self._steps = Counter(state["steps"])
 
 
 class Speed:

@@ -37,7 +37,9 @@ class Progress:
     def report(self, step: int, record: dict[str, float]) -> None:
         """Show a log record."""
         self._rate = record.get("tokens_per_second", self._rate)
-        numbers = ", ".join(f"{name} {record[name]:.4g}" for name in ("loss", "eval_loss") if name in record)
+        numbers = ", ".join(
+            f"{name} {record[name]:.4g}" for name in ("loss", "reward", "eval_loss", "eval_reward") if name in record
+        )
         speed = "" if self._rate is None else f"{self._rate:,.0f} tokens/s, "
         status = f"{numbers}, {speed}{peak_memory() / 2**30:.1f} GiB"
         if self._bar:

@@ -5,8 +5,8 @@ resumed sees what it would have seen.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -27,19 +27,21 @@ class Step:
         num_targets: target tokens of all of them.
         num_tokens: tokens of its examples.
         num_packed_tokens: tokens of its micro-batches, in which a shared prefix is there once.
+        metrics: what is known of the step as a whole, before its micro-batches are run.
     """
 
     batches: list[Any]
     num_targets: int
     num_tokens: int
     num_packed_tokens: int
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Source(Protocol):
     """Where the loop gets its steps from."""
 
     @property
-    def steps_per_epoch(self) -> int:
+    def steps_per_epoch(self) -> float:
         """Optimizer steps of one pass over the data."""
 
     def step(self, number: int) -> Step:
@@ -47,6 +49,12 @@ class Source(Protocol):
 
     def everything(self) -> Step:
         """All data as one step, for an evaluation."""
+
+    def state(self, number: int) -> dict[str, Tensor]:
+        """What `step(number)` and the steps after it need besides their numbers."""
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what `state` gave."""
 
 
 class EpochSource(ABC):
@@ -74,6 +82,15 @@ class EpochSource(ABC):
     def everything(self) -> Step:
         """All data as one step."""
         return self._pack(range(self._num_sequences))
+
+    def state(self, number: int) -> dict[str, Tensor]:
+        """Nothing."""
+        return {}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Nothing to do: the number of a step is all there is."""
+        if state:
+            raise ConfigError("resume_from_checkpoint: the checkpoint is another method's, with completions in hand")
 
     def _shuffled(self, epoch: int) -> Tensor:
         if self._shuffle_seed is None:

@@ -249,5 +249,5 @@ def test_refuses_a_missing_reference_and_entropy():
         policy_loss(policy(random(0))._replace(entropy=None), targets([0, 0, 0]), COUNTS, PolicyObjective())
     with pytest.raises(ValueError, match="got 'turn_mask'"):
         importance_weight(random(0), random(1), targets([0, 0, 0]), mode="turn_mask")
-    with pytest.raises(ValueError, match="got 1.5"):
+    with pytest.raises(ValueError, match=r"got 1\.5"):
         high_entropy(random(0), 1.5)
