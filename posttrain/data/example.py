@@ -29,3 +29,16 @@ class Example:
     def num_targets(self) -> int:
         """How many tokens are predicted and counted in the loss."""
         return int(self.loss_mask[1:].sum())
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A chosen and a rejected answer to one prompt, which both begin with; the answers are the targets."""
+
+    chosen: Example
+    rejected: Example
+
+    @property
+    def origin(self) -> str | None:
+        """Where it came from, for messages."""
+        return self.chosen.origin

@@ -1,8 +1,10 @@
-"""The shapes of rows that SFT takes, found by their columns.
+"""The shapes of rows that the trainers take, found by their columns.
 
-    text                      language modelling on plain text
-    messages (+ tools)        language modelling on a chat
-    prompt, completion        both plain text, or both lists of chat messages (+ tools)
+    text                          SFT: language modelling on plain text
+    messages (+ tools)            SFT: language modelling on a chat
+    prompt, completion            SFT: both plain text, or both lists of chat messages (+ tools)
+    prompt, chosen, rejected      preferences: all plain text, or all lists of chat messages (+ tools)
+    chosen, rejected              the same, with the prompt at the beginning of both
 
 The names are those that TRL and most public data sets use.
 """
@@ -13,6 +15,7 @@ from typing import Any, NamedTuple
 from posttrain.data.rows import DataError, Row, Rows
 from posttrain.data.values import is_unicode, kind
 
+_PREFERENCE_COLUMNS = (("prompt", "chosen", "rejected"), ("chosen", "rejected"))
 _SFT_COLUMNS = (("prompt", "completion"), ("messages",), ("text",))
 
 
@@ -25,13 +28,20 @@ class Format(NamedTuple):
 
 def detect_sft(rows: Rows) -> Format:
     """The format of the first row that has the columns of one. Raises `DataError` if none has."""
+    return _detect(rows, _SFT_COLUMNS, "SFT needs the column 'text', or 'messages', or 'prompt' and 'completion'")
+
+
+def detect_preference(rows: Rows) -> Format:
+    """As `detect_sft`, for preference pairs."""
+    return _detect(rows, _PREFERENCE_COLUMNS, "preferences need the columns 'chosen', 'rejected' and maybe 'prompt'")
+
+
+def _detect(rows: Rows, known: tuple[tuple[str, ...], ...], needed: str) -> Format:
     for row in rows:
-        for columns in _SFT_COLUMNS:
+        for columns in known:
             if isinstance(row, Mapping) and all(row.get(column) is not None for column in columns):
                 return Format(columns, columns == ("messages",) or isinstance(row[columns[0]], list))
-    raise DataError(
-        f"{rows.where(0)}: SFT needs the column 'text', or 'messages', or 'prompt' and 'completion'; {_found(rows[0])}"
-    )
+    raise DataError(f"{rows.where(0)}: {needed}; {_found(rows[0])}")
 
 
 def problem(row: Row, format: Format) -> str | None:

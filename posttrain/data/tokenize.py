@@ -12,27 +12,23 @@ what comes between the conversation up to it, with the generation prompt, and th
 where both are prefixes of the whole, and an error where they are not.
 """
 
-import json
-import logging
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from posttrain.data.encoder import Encoder, common_length, parse_tools, warn
 from posttrain.data.example import Example
-from posttrain.data.formats import Format, detect_sft, problem
+from posttrain.data.formats import detect_sft
 from posttrain.data.load import load_rows
 from posttrain.data.rows import BadRows, DataError, Row
-from posttrain.data.values import first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_CHUNK = 1000  # rows tokenised at a time
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 Encoded = tuple[list[int], NDArray[np.bool_]]  # token ids, and which of them are targets
@@ -65,7 +61,7 @@ def tokenize_sft(
     encoder = _Encoder(detect_sft(rows), tokenizer, completion_only_loss, assistant_only_loss)
     bad = BadRows(rows.name, skip_bad_rows)
     examples, cut = [], 0
-    for where, (ids, mask) in _encode_all(rows, encoder, bad):
+    for where, (ids, mask) in encoder.encode(rows, bad):
         example = Example(np.array(ids[:max_length], np.int32), mask[:max_length], origin=where)
         if example.num_targets:
             examples.append(example)
@@ -75,36 +71,19 @@ def tokenize_sft(
             bad.add(where, f"no token to train on{within}")
     bad.report(len(examples))
     if cut:
-        _log(f"{rows.name}: {cut} of {len(rows)} rows were longer than max_length {max_length} and lost their end")
+        warn(f"{rows.name}: {cut} of {len(rows)} rows were longer than max_length {max_length} and lost their end")
     if encoder.forked:
-        _log(
+        warn(
             f"{rows.name}: in {encoder.forked} of {len(rows)} rows the prompt's last tokens are different with a "
             "completion behind it; they count as part of the completion"
         )
     return examples
 
 
-def _encode_all(rows: Any, encoder: "_Encoder", bad: BadRows) -> Iterator[tuple[str, Encoded]]:
-    """Origin and tokens of every good row."""
-    encode = encoder.chats if encoder.format.chat else encoder.texts
-    good: list[tuple[str, Row]] = []
-    for index, row in enumerate(rows):
-        wrong = problem(row, encoder.format)
-        if wrong:
-            bad.add(rows.where(index), wrong)
-        else:
-            good.append((rows.where(index), row))
-        if len(good) == _CHUNK or index == len(rows) - 1:
-            yield from encode(good, bad)
-            good = []
-
-
 @dataclass
-class _Encoder:
+class _Encoder(Encoder[Encoded]):
     """Turns rows of one format into token ids and targets."""
 
-    format: Format
-    tokenizer: Any
     completion_only: bool | None
     assistant_only: bool
     forked: int = 0  # rows whose prompt isn't a prefix of prompt + completion in tokens
@@ -117,14 +96,9 @@ class _Encoder:
             raise DataError(f"completion_only_loss needs columns 'prompt' and 'completion'; this is {self._named()}")
         if self.assistant_only and not self.format.chat:
             raise DataError(f"assistant_only_loss needs chat messages; this is plain text in {self._named()}")
-        if self.format.chat and not self.tokenizer.chat_template:
-            raise DataError(f"the tokenizer has no chat template, but the data holds chats in {self._named()}")
+        super().__post_init__()
 
-    def _named(self) -> str:
-        return " and ".join(map(repr, self.format.columns))
-
-    def texts(self, rows: list[tuple[str, Row]], bad: BadRows) -> Iterator[tuple[str, Encoded]]:
-        """Plain text, tokenised in one batch."""
+    def _texts(self, rows: list[tuple[str, Row]]) -> Iterator[tuple[str, Encoded]]:
         prompt, last = self.format.columns[:-1], self.format.columns[-1]
         wholes = ["".join(row[column] for column in prompt) + self._ended(row[last]) for _, row in rows]
         every = self._tokenize(wholes)
@@ -137,36 +111,15 @@ class _Encoder:
         for (where, _), ids, before in zip(rows, every, prompts, strict=True):
             yield where, (ids, self._behind(before, ids))
 
-    def _tokenize(self, texts: list[str]) -> list[list[int]]:
-        return self.tokenizer(texts, return_attention_mask=False)["input_ids"] if texts else []
-
-    def _ended(self, text: str) -> str:
-        end = self.tokenizer.eos_token
-        return text if end is None or text.endswith(end) else text + end
-
     def _behind(self, prompt: list[int], ids: list[int]) -> NDArray[np.bool_]:
         """True from where `ids` part from `prompt`."""
-        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt, ids, strict=False)))
+        shared = common_length(prompt, ids)
         self.forked += shared < len(prompt)
         return np.arange(len(ids)) >= shared
 
-    def chats(self, rows: list[tuple[str, Row]], bad: BadRows) -> Iterator[tuple[str, Encoded]]:
-        """Chats, one by one: a template may reject a conversation."""
-        from jinja2 import TemplateError
-
-        for where, row in rows:
-            try:
-                encoded = self._chat(row)
-            except DataError as error:
-                bad.add(where, str(error))
-            except (TemplateError, TypeError, ValueError) as error:
-                bad.add(where, f"the chat template rejects it: {first_line(error)}")
-            else:
-                yield where, encoded
-
     def _chat(self, row: Row) -> Encoded:
         messages = [message for column in self.format.columns for message in row[column]]
-        tools = _tools(row.get("tools"))
+        tools = parse_tools(row.get("tools"))
 
         def render(messages: list[Any], **options: Any) -> Any:
             return self.tokenizer.apply_chat_template(messages, tools=tools, **options)
@@ -202,18 +155,3 @@ class _Encoder:
                     )
                 mask |= (ends > len(before)) & (starts < len(after))
         return mask
-
-
-def _tools(value: Any) -> Any:
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except json.JSONDecodeError as error:
-        raise DataError(f"column 'tools' holds broken JSON: {error}") from error
-    except RecursionError as error:
-        raise DataError("column 'tools' holds broken JSON: nested too deeply") from error
-
-
-def _log(message: str) -> None:
-    logging.getLogger("posttrain").warning(message)
