@@ -8,8 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from posttrain.models.causal_lm import causal_lm
+from posttrain.models.prepare import is_prepared, replace_adapters
+
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
 
 
 def add_lora(
@@ -31,21 +34,35 @@ def add_lora(
     Raises:
         ValueError: a rank below 1, an alpha that isn't positive, or names that match no layer.
     """
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig
 
     if alpha <= 0:
         raise ValueError(f"alpha must be positive, got {alpha}")
 
     targets = target_modules if isinstance(target_modules, str) else list(target_modules)
     config = LoraConfig(r=r, lora_alpha=alpha, target_modules=targets, lora_dropout=dropout, task_type="CAUSAL_LM")
-    return get_peft_model(model, config)
+    return add_adapter(model, config)
+
+
+def add_adapter(model: Any, config: "PeftConfig") -> "PeftModel":
+    """Put an adapter of any of PEFT's kinds into `model`; where the model is prepared, LoRA runs our ops."""
+    from peft import get_peft_model
+
+    return _prepared(get_peft_model(model, config))
 
 
 def load_adapter(model: Any, folder: str | Path, *, trainable: bool = True) -> "PeftModel":
     """Put the adapter saved in `folder` (by PEFT's `save_pretrained`) into `model`."""
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+    return _prepared(PeftModel.from_pretrained(model, str(folder), is_trainable=trainable))
+
+
+def _prepared(model: Any) -> Any:
+    """`model`, whose adapters are new, with our ops in them if it has our ops elsewhere."""
+    if is_prepared(model):
+        replace_adapters(causal_lm(model))
+    return model
 
 
 def is_adapter(folder: str | Path) -> bool:

@@ -9,18 +9,25 @@ class (see prepare.py), so all of them use the attributes that the transformers 
              pre-norm layers, and the same in Gemma's, which norm on both sides; OLMo 2 norms before it adds, so its
              layers stay as they are
     rope     every family: `apply_rotary_pos_emb` in the attention's forward
+    lora     where PEFT's adapters are active, q, k and v are one op, and so is the MLP; each takes in the norm before
+             it, so that the normed states aren't kept. Every other adapted layer is an op by itself
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from types import FunctionType
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from posttrain.ops import geglu, rms_norm, rope, swiglu
+from posttrain.models.causal_lm import ModelError
+from posttrain.models.lora_layers import Group, absorbed, adapted, drawn, halves, hooked, together
+from posttrain.models.quantized import NF4Linear
+from posttrain.ops import geglu, lora_linear, lora_mlp, lora_qkv, nf4_linear, rms_norm, rope, swiglu
+from posttrain.ops.nf4_weight import NF4Weight
 
+Scale = tuple[Tensor, float]  # weight and eps of a norm
 Normed = Tensor | tuple[Tensor, Tensor]
 
 
@@ -30,22 +37,31 @@ class Fused:
     kind: str
 
 
-class RMSNorm(Fused):
-    """Norm scaled by its weight; with a residual, (norm(x + residual), x + residual)."""
+class Norm(Fused):
+    """A norm; with a residual, (norm(x + residual), x + residual)."""
 
     kind = "rms_norm"
 
-    def forward(self: Any, hidden_states: Tensor, residual: Tensor | None = None) -> Normed:
-        return _add_norm(hidden_states, self.weight, self.variance_epsilon, residual)
+    def scale(self) -> Scale:
+        """Its weight and eps, as `rms_norm` takes them."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Normed:
+        return _add_norm(x, *self.scale(), residual)
 
 
-class OffsetRMSNorm(Fused):
+class RMSNorm(Norm):
+    """Norm scaled by its weight."""
+
+    def scale(self: Any) -> Scale:
+        return self.weight, self.variance_epsilon
+
+
+class OffsetRMSNorm(Norm):
     """Norm scaled by 1 + its weight."""
 
-    kind = "rms_norm"
-
-    def forward(self: Any, x: Tensor, residual: Tensor | None = None) -> Normed:
-        return _add_norm(x, 1.0 + self.weight.float(), self.eps, residual)
+    def scale(self: Any) -> Scale:
+        return 1.0 + self.weight.float(), self.eps
 
 
 def _add_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> Normed:
@@ -54,27 +70,149 @@ def _add_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) ->
 
 
 class GatedMLP(Fused):
-    """`gated` is the op for the model's activation."""
+    """`gated` is the op for the model's activation, which is called `activation` in `lora_mlp`."""
 
+    lora_kind = "lora_mlp"
     gated: Callable[[Tensor, Tensor], Tensor]
+    activation: Literal["silu", "gelu", "gelu_tanh"]
 
-    def forward(self: Any, x: Tensor) -> Tensor:
+    def lora(self: Any) -> Group | None:
+        """Gate, up and down, where adapters are active in them and one op takes all."""
+        return together(absorbed(self.gate_proj), absorbed(self.up_proj), absorbed(self.down_proj))
+
+    def forward(self: Any, x: Tensor, inner: "Inner | None" = None) -> Tensor:
+        """The MLP of x or, with `inner`, of its norm of x."""
+        group, norm = inner or (self.lora(), None)
+        if group is not None and group.takes(x):
+            gate, up, down = group.layers
+            return lora_mlp(x, gate, up, down, self.activation, norm=norm, **drawn(group.dropout))
+        return self.plain(x if norm is None else rms_norm(x, *norm))
+
+    def plain(self: Any, x: Tensor) -> Tensor:
         return self.down_proj(self.gated(self.gate_proj(x), self.up_proj(x)))
 
 
 class MergedGatedMLP(GatedMLP):
     """Gate and up come from one projection."""
 
-    def forward(self: Any, hidden_states: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(hidden_states).chunk(2, dim=-1)
+    def lora(self: Any) -> Group | None:
+        return together(*halves(absorbed(self.gate_up_proj)), absorbed(self.down_proj))
+
+    def plain(self: Any, x: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
         return self.down_proj(self.gated(gate, up))
 
 
+class RotaryAttention(Fused):
+    """The attention's own forward, `own`, with its rotary embedding replaced and, for LoRA, its projections."""
+
+    kind = "rope"
+    lora_kind = "lora_qkv"
+    own: Callable[..., tuple[Tensor, Tensor | None]]
+
+    def lora(self: Any) -> Group | None:
+        """q, k and v, where adapters are active in them and one op takes all."""
+        return together(absorbed(self.q_proj), absorbed(self.k_proj), absorbed(self.v_proj))
+
+    def forward(
+        self: Any, hidden_states: Tensor, *arguments: Any, inner: "Inner | None" = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """The attention of the states or, with `inner`, of its norm of them."""
+        group, norm = inner or (self.lora(), None)
+        if group is not None and group.takes(hidden_states):
+            q, k, v = group.layers
+            projected = lora_qkv(hidden_states, q, k, v, norm=norm, **drawn(group.dropout))
+            return self.own(_Projected(self, *projected), hidden_states, *arguments, **kwargs)
+        return self.own(self, hidden_states if norm is None else rms_norm(hidden_states, *norm), *arguments, **kwargs)
+
+
+class MergedRotaryAttention(RotaryAttention):
+    """q, k and v come from one projection."""
+
+    def lora(self) -> Group | None:
+        return None
+
+
+class _Projected:
+    """Stands for an attention module in its forward, where q, k and v are already there."""
+
+    def __init__(self, attention: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> None:
+        self._attention = attention
+        self.q_proj, self.k_proj, self.v_proj = (lambda _: q), (lambda _: k), (lambda _: v)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._attention, name)
+
+
+class LoraLinear(Fused):
+    """PEFT's LoRA layer by `lora_linear`, where that computes what its adapters are."""
+
+    kind = "lora_linear"
+
+    def forward(self: Any, x: Tensor, *arguments: Any, **kwargs: Any) -> Tensor:
+        found = "it has other arguments" if arguments or kwargs else adapted(self)
+        if isinstance(found, str) or not found.takes(x):
+            return super().forward(x, *arguments, **kwargs)  # type: ignore[misc]
+        return lora_linear(x, *found.layer, magnitude=found.magnitude, **drawn(found.dropout))
+
+    def merge(self: Any, *arguments: Any, **kwargs: Any) -> None:
+        if isinstance(self.get_base_layer(), NF4Linear):
+            raise ModelError(
+                "an adapter can't be merged into 4-bit weights; call posttrain.models.dequantize(model) first, "
+                "or load the adapter without load_in_4bit"
+            )
+        super().merge(*arguments, **kwargs)  # type: ignore[misc]
+
+
+class BitsandbytesLinear(Fused):
+    """bitsandbytes' 4-bit layer by `nf4_linear`, where its weight is in NF4."""
+
+    kind = "nf4_linear"
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        found = adapted(self)
+        if isinstance(found, str) or not found.takes(x):
+            return super().forward(x)  # type: ignore[misc]
+        assert isinstance(found.layer.weight, NF4Weight)
+        return nf4_linear(x, found.layer.weight, found.layer.bias)
+
+
 class Layer(Fused):
-    """A decoder layer; `norm` names the norm that takes the residual too."""
+    """A decoder layer; `norm` names the norm before the MLP, which takes the residual too."""
 
     kind = "residual + norm"
     norm: str
+
+    def attend(self: Any, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        """attention(norm(hidden))."""
+        attention, norm = self.self_attn, self.input_layernorm
+        if inner := _joined(norm, attention):
+            return attention(hidden_states=hidden_states, inner=inner, **kwargs)[0]
+        return attention(hidden_states=norm(hidden_states), **kwargs)[0]
+
+    def feed(self: Any, attended: Tensor, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """(mlp(norm(total)), total), where total = hidden + attended."""
+        norm = getattr(self, self.norm)
+        if inner := _joined(norm, self.mlp):
+            total = hidden_states + attended
+            return self.mlp(total, inner), total
+        normed, total = norm(attended, residual=hidden_states)
+        return self.mlp(normed), total
+
+
+class Inner(NamedTuple):
+    """What the op of an attention or an MLP computes at once: its adapted layers, and the norm before them."""
+
+    group: Group
+    norm: Scale
+
+
+def _joined(norm: Any, reader: Any) -> Inner | None:
+    """`reader`, an attention or an MLP, together with the norm before it, if they are one op."""
+    if not isinstance(norm, Norm) or not isinstance(reader, GatedMLP | RotaryAttention):
+        return None
+    group = reader.lora()
+    return None if group is None or hooked(norm, reader) else Inner(group, norm.scale())
 
 
 class PreNormLayer(Layer):
@@ -83,18 +221,19 @@ class PreNormLayer(Layer):
     norm = "post_attention_layernorm"
 
     def forward(self: Any, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
-        normed, total = self.post_attention_layernorm(attended, residual=hidden_states)
-        return total + self.mlp(normed)
+        fed, total = self.feed(self.attend(hidden_states, **kwargs), hidden_states)
+        return total + fed
 
 
-class DropoutPreNormLayer(PreNormLayer):
+class DropoutPreNormLayer(Layer):
     """The same with dropout before each addition."""
 
+    norm = "post_attention_layernorm"
+
     def forward(self: Any, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
-        normed, total = self.post_attention_layernorm(self.resid_attn_dropout(attended), residual=hidden_states)
-        return total + self.resid_mlp_dropout(self.mlp(normed))
+        attended = self.resid_attn_dropout(self.attend(hidden_states, **kwargs))
+        fed, total = self.feed(attended, hidden_states)
+        return total + self.resid_mlp_dropout(fed)
 
 
 class SandwichNormLayer(Layer):
@@ -103,16 +242,9 @@ class SandwichNormLayer(Layer):
     norm = "pre_feedforward_layernorm"
 
     def forward(self: Any, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
-        attended = self.post_attention_layernorm(attended)
-        normed, total = self.pre_feedforward_layernorm(attended, residual=hidden_states)
-        return total + self.post_feedforward_layernorm(self.mlp(normed))
-
-
-class RotaryAttention(Fused):
-    """The attention's own forward, with its rotary embedding replaced."""
-
-    kind = "rope"
+        attended = self.post_attention_layernorm(self.attend(hidden_states, **kwargs))
+        fed, total = self.feed(attended, hidden_states)
+        return total + self.post_feedforward_layernorm(fed)
 
 
 def with_rope(forward: FunctionType) -> FunctionType:
@@ -127,8 +259,9 @@ def with_rope(forward: FunctionType) -> FunctionType:
 class Family:
     """The replacements of one family; a layer of None stays."""
 
-    norm: type[Fused] = RMSNorm
+    norm: type[Norm] = RMSNorm
     mlp: type[GatedMLP] = GatedMLP
+    attention: type[RotaryAttention] = RotaryAttention
     layer: type[Layer] | None = PreNormLayer
 
 
@@ -140,14 +273,15 @@ FAMILIES: Mapping[str, Family] = {
     "mistral": Family(),
     "gemma2": Family(norm=OffsetRMSNorm, layer=SandwichNormLayer),
     "gemma3": Family(norm=OffsetRMSNorm, layer=SandwichNormLayer),
-    "phi3": Family(mlp=MergedGatedMLP, layer=DropoutPreNormLayer),
+    "phi3": Family(mlp=MergedGatedMLP, attention=MergedRotaryAttention, layer=DropoutPreNormLayer),
     "olmo2": Family(layer=None),
 }
 
-# By the name of the activation in the model's configuration: what is counted in the report, and the op.
-ACTIVATIONS: Mapping[str, tuple[str, Callable[[Tensor, Tensor], Tensor]]] = {
-    "silu": ("swiglu", swiglu),
-    "swish": ("swiglu", swiglu),
-    "gelu_pytorch_tanh": ("geglu", geglu),
-    "gelu": ("geglu", partial(geglu, approximate="none")),
+# By the name of the activation in the model's configuration: what is counted in the report, the op, and the name of the
+# activation in `lora_mlp`.
+ACTIVATIONS: Mapping[str, tuple[str, Callable[[Tensor, Tensor], Tensor], str]] = {
+    "silu": ("swiglu", swiglu, "silu"),
+    "swish": ("swiglu", swiglu, "silu"),
+    "gelu_pytorch_tanh": ("geglu", geglu, "gelu_tanh"),
+    "gelu": ("geglu", partial(geglu, approximate="none"), "gelu"),
 }

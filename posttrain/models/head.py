@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from posttrain.models.causal_lm import ModelError, causal_lm
+from posttrain.models.lora_layers import adapted
 
 
 class Head(NamedTuple):
@@ -70,14 +71,12 @@ def _unwrap(layer: Any) -> tuple[Any, tuple[Tensor, Tensor, float] | None]:
         return layer.modules_to_save[layer.active_adapter] if trained else layer.original_module, None
     if not hasattr(layer, "lora_A"):
         return layer, None
-    names = [name for name in layer.active_adapters if name in layer.lora_A]
-    if layer.disable_adapters or layer.merged or not names:
-        return layer.get_base_layer(), None
-    if len(names) > 1:
-        raise ModelError(f"the language head has {len(names)} active adapters ({', '.join(names)}), not one")
-    name = names[0]
-    lora_a, lora_b = layer.lora_A[name], layer.lora_B[name]
-    dropout = getattr(layer.lora_dropout[name], "p", 0.0) if layer.training else 0.0
-    if dropout or lora_b.bias is not None or name in getattr(layer, "lora_variant", {}):
-        raise ModelError("an adapter on the language head must be plain LoRA: no dropout, bias or variant like DoRA")
-    return layer.get_base_layer(), (lora_a.weight, lora_b.weight, layer.scaling[name])
+    found = adapted(layer)
+    if isinstance(found, str) or found.dropout or found.magnitude is not None:
+        reason = found if isinstance(found, str) else "it has dropout" if found.dropout else "it is DoRA"
+        raise ModelError(f"the adapter on the language head must be plain LoRA without dropout: {reason}")
+    base, lora_a, lora_b = layer.get_base_layer(), found.layer.lora_a, found.layer.lora_b
+    if lora_a is None or lora_b is None:
+        return base, None
+    assert isinstance(found.layer.scaling, float)
+    return base, (lora_a, lora_b, found.layer.scaling)

@@ -15,7 +15,17 @@ from typing import Any
 from torch import nn
 
 from posttrain.models.causal_lm import causal_lm
-from posttrain.models.families import ACTIVATIONS, FAMILIES, Fused, RotaryAttention, with_rope
+from posttrain.models.families import (
+    ACTIVATIONS,
+    FAMILIES,
+    BitsandbytesLinear,
+    Fused,
+    GatedMLP,
+    LoraLinear,
+    RotaryAttention,
+    with_rope,
+)
+from posttrain.models.lora_layers import adapted, is_adapter, is_bitsandbytes, is_lora
 from posttrain.models.trial import obstacle_to_head, obstacle_to_packing
 
 
@@ -41,11 +51,15 @@ class Report:
 
 
 def prepare(model: nn.Module, *, attention: bool = True) -> Report:
-    """Replace norms, rotary embeddings, MLPs and attention of `model`, in place, by our ops.
+    """Replace norms, rotary embeddings, MLPs, attention and LoRA layers of `model`, in place, by our ops.
 
     Hidden states, gradients and checkpoints stay the same. An architecture outside `FAMILIES` keeps its modules; its
     attention is replaced if a trial shows that packed sequences then give what they give alone. Doing it twice
-    changes nothing. Adapters may be added before or after.
+    changes nothing.
+
+    Adapters may be added before or after. `add_lora` and `add_adapter` see to theirs; layers that PEFT adds later go
+    into the ops of attention and MLP, and elsewhere run PEFT's code until `prepare` is called again. A LoRA layer that
+    the ops don't compute keeps PEFT's code and is named in the report.
 
     Args:
         model: a causal LM of transformers, or one wrapped by PEFT.
@@ -57,16 +71,41 @@ def prepare(model: nn.Module, *, attention: bool = True) -> Report:
     known = _family(causal) is not None and text_config is causal.config
     for module in causal.modules():
         _replace(module, text_config, report)
-    report.replaced = dict(Counter(module.kind for module in causal.modules() if isinstance(module, Fused)))
+    replace_adapters(causal, report)
+    report.replaced = dict(Counter(kind for module in causal.modules() for kind in _kinds(module)))
     if attention:
         _replace_attention(causal, known, report)
-    if not any(isinstance(module, Fused) for module in causal.modules()):
+    if not any(isinstance(module, Fused) and not isinstance(module, _ANYWHERE) for module in causal.modules()):
         report.kept["modules"] = f"{report.architecture} is not one of {', '.join(FAMILIES)}"
     if not known:
         causal._posttrain_head_obstacle = obstacle_to_head(causal)
         if causal._posttrain_head_obstacle:
             report.kept["language head"] = causal._posttrain_head_obstacle
     return report
+
+
+def replace_adapters(causal: Any, report: Report | None = None) -> None:
+    """Give the LoRA layers and the 4-bit layers of bitsandbytes their replacements' classes."""
+    kept: dict[str, list[str]] = {}
+    for name, module in causal.named_modules():
+        original: Any = type(module)
+        if isinstance(module, _ANYWHERE):
+            pass
+        elif is_lora(module):
+            module.__class__ = _fused(original, LoraLinear)
+        elif is_bitsandbytes(module):
+            module.__class__ = _fused(original, BitsandbytesLinear)
+        elif is_adapter(module):
+            kept.setdefault(f"there is no op for a {type(module).__name__} of PEFT", []).append(name)
+        if isinstance(module, _ANYWHERE) and isinstance(reason := adapted(module), str):
+            kept.setdefault(reason, []).append(name)
+    if report is not None:
+        report.kept |= {_first_of(names): reason for reason, names in kept.items()}
+
+
+def is_prepared(model: nn.Module) -> bool:
+    """Whether `prepare` has replaced anything in `model`."""
+    return any(isinstance(module, Fused) for module in model.modules())
 
 
 def restore(model: nn.Module) -> None:
@@ -98,7 +137,7 @@ def _replace(module: Any, config: Any, report: Report) -> None:
             report.kept["mlp"] = f"there is no op for the activation {activation!r}"
     elif original.__name__.endswith("Attention"):
         if "apply_rotary_pos_emb" in _plain_forward(original).__code__.co_names:
-            module.__class__ = _fused(original, RotaryAttention)
+            module.__class__ = _fused(original, family.attention)
         else:
             report.kept["rope"] = f"{original.__name__}.forward doesn't call apply_rotary_pos_emb"
     elif original.__name__.endswith("DecoderLayer"):
@@ -110,10 +149,26 @@ def _replace(module: Any, config: Any, report: Report) -> None:
             module.__class__ = _fused(original, family.layer)
 
 
+def _kinds(module: Any) -> list[str]:
+    """What `module` counts as in the report."""
+    if not isinstance(module, Fused) or (isinstance(module, _ANYWHERE) and isinstance(adapted(module), str)):
+        return []
+    if isinstance(module, GatedMLP | RotaryAttention) and module.lora() is not None:
+        return [module.kind, module.lora_kind]
+    return [module.kind]
+
+
+def _first_of(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+
+
 def _family(module: nn.Module) -> str | None:
     """The family whose modelling file defines the class of `module`."""
     home = _original(type(module)).__module__
     return next((name for name in FAMILIES if home == f"transformers.models.{name}.modeling_{name}"), None)
+
+
+_ANYWHERE = (LoraLinear, BitsandbytesLinear)  # whatever the family
 
 
 @cache
@@ -121,10 +176,10 @@ def _fused(original: Any, replacement: Any, activation: str | None = None) -> ty
     """A subclass of `original` with the forward of `replacement`."""
     body: dict[str, Any] = {"__module__": original.__module__, "__doc__": original.__doc__}
     if activation is not None:
-        body["kind"], op = ACTIVATIONS[activation]
+        body["kind"], op, body["activation"] = ACTIVATIONS[activation]
         body["gated"] = staticmethod(op)
-    if replacement is RotaryAttention:
-        body["forward"] = with_rope(_plain_forward(original))
+    if issubclass(replacement, RotaryAttention):
+        body["own"] = staticmethod(with_rope(_plain_forward(original)))
     return type(original.__name__, (replacement, original), body)
 
 

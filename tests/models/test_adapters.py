@@ -159,10 +159,18 @@ def test_trained_norms_are_used():
         assert_true_to(token_logprobs(model, batch).logprob, target_logprobs(exact, batch))
 
 
-@pytest.mark.parametrize("options", [{"lora_dropout": 0.1}, {"use_dora": True}, {"lora_bias": True}], ids=str)
-def test_adapters_on_the_head_that_are_no_plain_lora_are_refused(options):
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"lora_dropout": 0.1}, "it has dropout"),
+        ({"use_dora": True}, "it is DoRA"),
+        ({"lora_bias": True}, "its adapter has a bias"),
+    ],
+    ids=str,
+)
+def test_adapters_on_the_head_that_are_no_plain_lora_are_refused(options, reason):
     model = stock("llama", lora(target_modules=["lm_head"], **options), torch.float32).train()
-    with pytest.raises(ModelError, match="plain LoRA: no dropout, bias or variant like DoRA"):
+    with pytest.raises(ModelError, match=f"must be plain LoRA without dropout: {reason}"):
         head(model)
 
 
@@ -171,12 +179,18 @@ def test_dropout_on_the_head_is_off_in_evaluation():
     assert head(model).lora is not None
 
 
-def test_two_active_adapters_on_the_head_are_refused():
-    model = stock("llama", lora(target_modules=["lm_head"]), torch.float32)
-    model.add_adapter("second", lora(target_modules=["lm_head"]))
-    model.base_model.set_adapter(["default", "second"])
-    with pytest.raises(ModelError, match=r"2 active adapters \(default, second\), not one"):
-        head(model)
+def test_two_active_adapters_on_the_head_add_up():
+    batch = batch_of(LENGTHS)
+    exact, model = (stock("llama", lora(target_modules=["lm_head"]), dtype) for dtype in (torch.float64, torch.float32))
+    for each in (exact, model):
+        torch.manual_seed(2)
+        each.add_adapter("second", lora(target_modules=["lm_head"], r=3))
+        filled(each)
+        each.base_model.set_adapter(["default", "second"])
+    exact.double()
+    assert head(model).lora[0].shape == (7, 64)
+    with torch.no_grad():
+        assert_true_to(token_logprobs(model, batch).logprob, target_logprobs(exact, batch))
 
 
 def test_prompt_tuning_is_refused():
