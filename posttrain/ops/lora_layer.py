@@ -258,7 +258,7 @@ def _output(x: Tensor, layer: Layer, low: Tensor | None) -> Tensor:
         y = low @ lora_b.T if layer.bias is None else torch.addmm(layer.bias, low, lora_b.T)
     if layer.nf4 is None:
         return y.addmm_(x, layer.weight.T)
-    nf4.add_product(y, x, layer.nf4)
+    nf4.add_product(y, x, layer.nf4, "cpu")
     return y
 
 
@@ -313,7 +313,7 @@ def _add_base_gradient(grad_x: Tensor, grad: Tensor, layer: Layer) -> None:
     if layer.nf4 is None:
         grad_x.addmm_(grad, layer.weight)
     else:
-        nf4.add_transposed_product(grad_x, grad, layer.nf4)
+        nf4.add_transposed_product(grad_x, grad, layer.nf4, "cpu")
 
 
 def _layer_gradients(
@@ -369,7 +369,7 @@ def _scaled(low: Tensor, layer: Layer, options: Options, rows: slice) -> Tensor:
 def slabs(layer: Layer, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     """Runs of the rows of W, in `dtype`."""
     if layer.nf4 is not None:
-        yield from nf4.slabs(layer.nf4, dtype)
+        yield from nf4.slabs(layer.nf4, dtype, "cpu")
         return
     for rows in _tiles(layer.height, layer.width):
         yield rows, layer.weight[rows].to(dtype)

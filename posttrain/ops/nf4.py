@@ -21,7 +21,7 @@ from posttrain.ops.library import define
 from posttrain.ops.nf4_weight import NF4Weight
 
 MATVEC_ROWS = 16
-_SLAB = 1 << 20  # elements that are dequantised at a time
+_SLAB = {"cpu": 1 << 20, "triton": 1 << 26}  # elements that are dequantised at a time
 
 
 class Parts(NamedTuple):
@@ -98,19 +98,24 @@ def nf4_linear(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tens
     return _nf4_linear(x, bias, *Parts.of(weight), backend)
 
 
-def slabs(weight: Parts, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+def slabs(weight: Parts, dtype: torch.dtype, backend: str) -> Iterator[tuple[slice, Tensor]]:
     """Runs of the rows of `weight`, dequantised one after the other into the same memory."""
-    rows = max(1, _SLAB // max(weight.width, 1))
+    rows = max(1, _SLAB[backend] // max(weight.width, 1))
     buffer = weight.packed.new_empty(min(rows, weight.height), weight.width, dtype=dtype)
     for start in range(0, weight.height, rows):
         run = slice(start, min(start + rows, weight.height))
         slab = buffer[: run.stop - run.start]
-        dequantize_rows(weight, run, slab)
+        dequantize_rows(weight, run, slab, backend)
         yield run, slab
 
 
-def dequantize_rows(weight: Parts, rows: slice, out: Tensor) -> None:
+def dequantize_rows(weight: Parts, rows: slice, out: Tensor, backend: str) -> None:
     """Write rows `rows` of the matrix to `out`, contiguous."""
+    if backend == "triton":
+        from posttrain.kernels.nf4 import dequantize
+
+        dequantize(weight, rows.start * weight.width, out)
+        return
     wide = out if out.dtype in (torch.float32, torch.float64) else torch.empty_like(out, dtype=torch.float32)
     first, count = rows.start * weight.width, (rows.stop - rows.start) * weight.width
     _C.nf4_dequantize(wide.itemsize, _addresses(weight), first, count, wide.data_ptr())
@@ -130,18 +135,23 @@ def matvec(x: Tensor, weight: Parts) -> Tensor:
     return y
 
 
-def add_product(y: Tensor, x: Tensor, weight: Parts) -> None:
+def add_product(y: Tensor, x: Tensor, weight: Parts, backend: str) -> None:
     """`y += x W^T`, in place, for `x` `[rows, K]`."""
     if len(x) <= MATVEC_ROWS:
+        if backend == "triton":
+            from posttrain.kernels import nf4 as kernels
+
+            kernels.matvec(x, weight, y, y)
+            return
         y += matvec(x.to(torch.promote_types(x.dtype, torch.float32)), weight)
         return
-    for rows, slab in slabs(weight, x.dtype):
+    for rows, slab in slabs(weight, x.dtype, backend):
         y[:, rows].addmm_(x, slab.T)
 
 
-def add_transposed_product(grad_x: Tensor, grad_y: Tensor, weight: Parts) -> None:
+def add_transposed_product(grad_x: Tensor, grad_y: Tensor, weight: Parts, backend: str) -> None:
     """`grad_x += grad_y W`, in place, for `grad_y` `[rows, N]`."""
-    for rows, slab in slabs(weight, grad_y.dtype):
+    for rows, slab in slabs(weight, grad_y.dtype, backend):
         grad_x.addmm_(grad_y[:, rows], slab)
 
 
@@ -151,13 +161,13 @@ def _addresses(weight: Parts) -> tuple[int, ...]:
 
 
 def _dequantize(*arguments) -> Tensor:
-    *parts, dtype, _ = arguments
+    *parts, dtype, backend = arguments
     weight = contiguous(Parts(*parts))
     out = weight.packed.new_empty(weight.height, weight.width, dtype=dtype)
-    if out.dtype in (torch.float32, torch.float64):
-        dequantize_rows(weight, slice(0, weight.height), out)
+    if backend == "triton" or out.dtype in (torch.float32, torch.float64):
+        dequantize_rows(weight, slice(0, weight.height), out, backend)
     else:
-        for rows, slab in slabs(weight, torch.float32):
+        for rows, slab in slabs(weight, torch.float32, backend):
             out[rows] = slab
     return out
 
@@ -169,16 +179,21 @@ def _fake_dequantize(*arguments):
 
 
 def _forward(x: Tensor, bias: Tensor | None, *arguments) -> Tensor:
-    *parts, _ = arguments
+    *parts, backend = arguments
     weight = contiguous(Parts(*parts))
     rows = x.reshape(x.shape[:-1].numel(), weight.width)
     with torch.autocast(x.device.type, enabled=False):
-        if len(rows) <= MATVEC_ROWS:
+        if len(rows) <= MATVEC_ROWS and backend == "triton":
+            from posttrain.kernels import nf4 as kernels
+
+            y = rows.new_empty(len(rows), weight.height)
+            kernels.matvec(rows, weight, bias, y)
+        elif len(rows) <= MATVEC_ROWS:
             y = matvec(rows.to(torch.promote_types(x.dtype, torch.float32)), weight)
             y = (y if bias is None else y + bias).to(x.dtype)
         else:
             y = rows.new_zeros(len(rows), weight.height) if bias is None else bias.repeat(len(rows), 1)
-            add_product(y, rows, weight)
+            add_product(y, rows, weight, backend)
     return y.view(*x.shape[:-1], weight.height)
 
 
@@ -202,12 +217,12 @@ def _backward(ctx, grad_y):
 
 
 def _gradient(grad_y: Tensor, *arguments) -> Tensor:
-    *parts, _ = arguments
+    *parts, backend = arguments
     weight = contiguous(Parts(*parts))
     rows = grad_y.reshape(grad_y.shape[:-1].numel(), weight.height)
     grad_x = rows.new_zeros(len(rows), weight.width)
     with torch.autocast(grad_y.device.type, enabled=False):
-        add_transposed_product(grad_x, rows, weight)
+        add_transposed_product(grad_x, rows, weight, backend)
     return grad_x.view(*grad_y.shape[:-1], weight.width)
 
 
