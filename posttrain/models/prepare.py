@@ -26,6 +26,7 @@ from posttrain.models.families import (
     with_rope,
 )
 from posttrain.models.lora_layers import adapted, is_adapter, is_bitsandbytes, is_lora
+from posttrain.models.quantized import BITSANDBYTES_MATRIX
 from posttrain.models.trial import obstacle_to_head, obstacle_to_packing
 
 
@@ -114,6 +115,7 @@ def restore(model: nn.Module) -> None:
     for module in causal.modules():
         if isinstance(module, Fused):
             module.__class__ = _original(type(module))
+            module.__dict__.pop(BITSANDBYTES_MATRIX, None)
     causal.__dict__.pop("_posttrain_head_obstacle", None)
     before = causal.__dict__.pop("_posttrain_attention_before", None)
     if before is not None:

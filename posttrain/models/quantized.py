@@ -7,7 +7,6 @@ too, on the memory that they have.
 
 from dataclasses import replace
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from posttrain.models.causal_lm import ModelError
 from posttrain.ops import nf4_dequantize, nf4_linear, quantize_nf4
 from posttrain.ops.nf4_weight import NF4Weight
 
+BITSANDBYTES_MATRIX = "_posttrain_matrix"
 _STATE = ".quant_state.bitsandbytes__nf4"
 
 
@@ -98,14 +98,10 @@ def bitsandbytes_matrix(layer: Any) -> NF4Weight | str:
         return "its weight is not in NF4"
     if getattr(state, "packing_format_for_cpu", False):
         return "bitsandbytes has repacked its weight for inference on the CPU"
-    known = _MATRICES.get(state)
+    known = layer.__dict__.get(BITSANDBYTES_MATRIX)  # making it waits for a GPU
     if known is None or known.packed.data_ptr() != layer.weight.data_ptr() or known.absmax is not state.absmax:
-        known = _MATRICES[state] = NF4Weight.from_bitsandbytes(layer.weight, state)
+        known = layer.__dict__[BITSANDBYTES_MATRIX] = NF4Weight.from_bitsandbytes(layer.weight, state)
     return known
-
-
-# Kept, since making one waits for the GPU.
-_MATRICES: WeakKeyDictionary[Any, NF4Weight] = WeakKeyDictionary()
 
 
 def is_nf4(config: Any) -> bool:

@@ -80,6 +80,8 @@ class TrainConfig:
     lora_target_modules: list[str] = dataclasses.field(
         default_factory=lambda: ["all-linear"], metadata=_about("names of the modules that get LoRA adapters")
     )
+    load_in_4bit: bool = option(False, "quantise the model's frozen linear layers to 4 bits (NF4), for QLoRA")
+    use_bnb_nested_quant: bool = option(False, "with load_in_4bit, keep the statistics of the 4-bit weights in 8 bits")
 
     def __post_init__(self) -> None:
         for name, (field, hint) in fields_of(type(self)).items():
