@@ -9,7 +9,7 @@ import torch
 
 from posttrain.data import Example, Rows
 from posttrain.data.load import load_rows
-from posttrain.models import add_lora, load, prepare
+from posttrain.models import add_adapter, add_lora, load, prepare
 from posttrain.models.causal_lm import causal_lm
 from posttrain.objectives import Loss
 from posttrain.train import checkpoint
@@ -108,10 +108,17 @@ class Trainer(ABC):
             # Weights that stay frozen need no float32 copy.
             half = half_dtype(args, device) if args.lora_r > 0 or peft_config is not None else None
             model, own_tokenizer = load(
-                model, dtype=half or torch.float32, device=device, trust_remote_code=args.trust_remote_code
+                model,
+                dtype=half or torch.float32,
+                device=device,
+                trust_remote_code=args.trust_remote_code,
+                load_in_4bit=args.load_in_4bit,
+                use_bnb_nested_quant=args.use_bnb_nested_quant,
             )
             tokenizer = tokenizer or own_tokenizer
         elif isinstance(model, torch.nn.Module):
+            if args.load_in_4bit:
+                raise ConfigError("load_in_4bit is for a model that is loaded here: give a folder or hub id")
             model = model.to(device)
             prepare(model)
         else:
@@ -125,10 +132,12 @@ class Trainer(ABC):
         if self._new_adapter and hasattr(model, "peft_config"):
             raise ConfigError("the model has an adapter already, which is trained; leave out lora_r and peft_config")
         if peft_config is not None:
-            from peft import get_peft_model
-
-            return get_peft_model(model, peft_config)
+            return add_adapter(model, peft_config)
         if args.lora_r == 0:
+            if args.load_in_4bit and not hasattr(model, "peft_config"):
+                raise ConfigError(
+                    "load_in_4bit leaves nothing to train but an adapter: set lora_r, or give peft_config"
+                )
             return model
         names = args.lora_target_modules
         targets = names[0] if names == ["all-linear"] else names
