@@ -120,7 +120,7 @@ class Loop:
                     if stop and not last:
                         raise Interrupted(saved)
         plot_metrics(self.history, self.output_dir / "metrics.png")
-        final_loss = next(record["loss"] for record in reversed(self.history) if "loss" in record)
+        final_loss = next((record["loss"] for record in reversed(self.history) if "loss" in record), math.nan)
         return TrainResult(self.num_steps, final_loss, saved)
 
     def evaluate(self) -> dict[str, float]:

@@ -56,7 +56,8 @@ class Window:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state` gave."""
         self._sums = {name: torch.tensor(value, dtype=torch.float64) for name, value in state["totals"].items()}
-        self._steps = Counter(state["steps"])
+        steps = state["steps"]
+        self._steps = Counter(dict.fromkeys(self._sums, steps) if isinstance(steps, int) else steps)  # int: older ones
 
 
 class Speed:
