@@ -6,10 +6,12 @@ from typing import Any
 __version__ = "0.1.0"
 
 _LAZY = {
+    "DPOConfig": "posttrain.train.dpo",
+    "DPOTrainer": "posttrain.train.dpo",
     "SFTConfig": "posttrain.train.sft",
     "SFTTrainer": "posttrain.train.sft",
 }
-__all__ = ["SFTConfig", "SFTTrainer", "__version__"]
+__all__ = ["DPOConfig", "DPOTrainer", "SFTConfig", "SFTTrainer", "__version__"]
 
 
 def __getattr__(name: str) -> Any:

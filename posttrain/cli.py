@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from posttrain import __version__
 from posttrain.train.config import ConfigError, TrainConfig, fields_of, read_yaml
+from posttrain.train.dpo_config import DPOConfig
 from posttrain.train.sft_config import SFTConfig
 
 
@@ -25,7 +26,10 @@ class _Method(NamedTuple):
     help: str
 
 
-_METHODS = (_Method("sft", SFTConfig, "posttrain.train.sft:SFTTrainer", "supervised fine-tuning"),)
+_METHODS = (
+    _Method("sft", SFTConfig, "posttrain.train.sft:SFTTrainer", "supervised fine-tuning"),
+    _Method("dpo", DPOConfig, "posttrain.train.dpo:DPOTrainer", "direct preference optimisation"),
+)
 
 
 class _Parser(argparse.ArgumentParser):

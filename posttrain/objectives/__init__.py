@@ -3,6 +3,16 @@
 from posttrain.objectives.advantage import group_advantages
 from posttrain.objectives.loss import Loss
 from posttrain.objectives.policy import policy_loss
+from posttrain.objectives.preference import Pairs, Preference, preference_loss, sum_answers
 from posttrain.objectives.supervised import cross_entropy
 
-__all__ = ["Loss", "cross_entropy", "group_advantages", "policy_loss"]
+__all__ = [
+    "Loss",
+    "Pairs",
+    "Preference",
+    "cross_entropy",
+    "group_advantages",
+    "policy_loss",
+    "preference_loss",
+    "sum_answers",
+]

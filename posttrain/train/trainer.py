@@ -17,7 +17,7 @@ from posttrain.train.config import ConfigError, TrainConfig
 from posttrain.train.loop import Loop, TrainResult, set_seed
 from posttrain.train.optimizer import half_dtype
 from posttrain.train.reference import Reference, adapter_off, frozen_copy
-from posttrain.train.source import Source, Step
+from posttrain.train.source import Source
 
 
 class Trainer(ABC):
@@ -47,8 +47,7 @@ class Trainer(ABC):
         peft_config: Any = None,
     ) -> None:
         self.args = self.config_class() if args is None else args
-        if not isinstance(self.args, self.config_class):
-            raise ConfigError(f"args must be a posttrain.{self.config_class.__name__}, got {type_name(args)}")
+        self._check_args()
         set_seed(self.args.seed)
         source = train_dataset if train_dataset is not None else self.args.data
         if source is None:
@@ -58,6 +57,7 @@ class Trainer(ABC):
         eval_rows = None if eval_source is None else load_rows(eval_source, skip_bad_rows=self.args.skip_bad_rows)
         self._new_adapter = peft_config is not None or self.args.lora_r > 0
         self.model, self.processing_class = self._load_model(model, processing_class, peft_config)
+        self._set_up()
         self._loop = Loop(
             self.model,
             self.processing_class,
@@ -67,12 +67,20 @@ class Trainer(ABC):
             None if eval_rows is None else self._source(eval_rows, training=False),
         )
 
+    def _check_args(self) -> None:
+        """Raise `ConfigError` for settings that can't be used; runs before anything is loaded."""
+        if not isinstance(self.args, self.config_class):
+            raise ConfigError(f"args must be a posttrain.{self.config_class.__name__}, got {type_name(self.args)}")
+
+    def _set_up(self) -> None:  # noqa: B027 - a hook that most trainers leave empty
+        """Make what a method needs besides the model, which is loaded, and before the data is read in."""
+
     @abstractmethod
     def _source(self, rows: Rows, *, training: bool) -> Source:
         """The steps made of `rows`; the model and the tokenizer are there. `training` is False for evaluation data."""
 
     @abstractmethod
-    def _loss(self, model: Any, batch: Any, step: Step) -> Loss:
+    def _loss(self, model: Any, batch: Any, step: Any) -> Loss:
         """The share of a micro-batch in the loss and the metrics of `step`."""
 
     def train(self, resume_from_checkpoint: bool | str | Path | None = None) -> TrainResult:

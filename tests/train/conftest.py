@@ -50,3 +50,16 @@ def conversation_trees() -> list[dict[str, list[dict[str, str]]]]:
         for answer in (say("assistant"), say("assistant")):
             rows += [{"messages": [opening, answer, say("user"), say("assistant")]} for _ in range(2)]
     return rows
+
+
+@pytest.fixture(scope="session")
+def pair_rows() -> list[dict[str, str]]:
+    """24 questions, some of them twice in a row, with a right and a wrong answer of different lengths."""
+    draw = random.Random(3)
+    rows = []
+    while len(rows) < 24:
+        a, b = draw.randrange(1000), draw.randrange(100)
+        for _ in range(draw.randint(1, 2)):
+            wrong = "?" * draw.randrange(1, 12)
+            rows.append({"prompt": f"What is {a} + {b}? ", "chosen": f"It is {a + b}.", "rejected": f"It's {wrong}"})
+    return rows[:24]
