@@ -36,9 +36,9 @@ SUPPORT: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "paged_attention": {"cpu": (*_WIDE, *_HALF)},
     "nf4_dequantize": {"cpu": (*_WIDE, *_HALF), "triton": _TRITON},
     "nf4_linear": {"cpu": (*_WIDE, *_HALF), "triton": _TRITON},
-    "lora_linear": {"cpu": (*_WIDE, *_HALF)},
-    "lora_qkv": {"cpu": (*_WIDE, *_HALF)},
-    "lora_mlp": {"cpu": (*_WIDE, *_HALF)},
+    "lora_linear": {"cpu": (*_WIDE, *_HALF), "triton": _TRITON},
+    "lora_qkv": {"cpu": (*_WIDE, *_HALF), "triton": _TRITON},
+    "lora_mlp": {"cpu": (*_WIDE, *_HALF), "triton": _TRITON},
     "linear_logprob": {"cpu": (*_WIDE, *_HALF), "triton": _TRITON, "cuda": _TRITON},
 }
 

@@ -80,7 +80,7 @@ def lora_linear(
     if magnitude is None:
         return _lora_linear(x, *flat, *option, backend)
     with torch.no_grad():
-        norm = _adapted_norm(*flat)
+        norm = _adapted_norm(*flat, backend)
     y = (_lora_linear(x, *flat._replace(bias=None), *option, backend) * (magnitude / norm)).to(x.dtype)
     return y if bias is None else y + bias
 
@@ -122,11 +122,11 @@ def lora_qkv(
 
 
 def _forward(x: Tensor, *arguments: Any) -> Tensor | tuple[Tensor, ...]:
-    *flat, adapter, dropout, seed, norm, eps, _ = arguments
+    *flat, adapter, dropout, seed, norm, eps, backend = arguments
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     option = Options(None if adapter is None else adapter.flatten(), dropout, seed, norm, eps)
     with torch.autocast(x.device.type, enabled=False):
-        ys = project(normed(rows, option), layers_of(flat), option)
+        ys = project(normed(rows, option, backend), layers_of(flat), option, backend)
     return _one_or_all([y.view(*x.shape[:-1], y.shape[-1]) for y in ys])
 
 
@@ -184,14 +184,15 @@ def _backward_of(name: str) -> Callable[..., Any]:
 
 
 def _gradient(grads: list[Tensor], x: Tensor, *arguments: Any) -> list[Tensor]:
-    *flat, adapter, dropout, seed, norm, eps, needs, _ = arguments
+    *flat, adapter, dropout, seed, norm, eps, needs, backend = arguments
     layers = layers_of(flat)
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     incoming = [grad.reshape(len(rows), layer.height) for grad, layer in zip(grads, layers, strict=True)]
     option = Options(None if adapter is None else adapter.flatten(), dropout, seed, norm, eps)
     with torch.autocast(x.device.type, enabled=False):
-        grad, results = project_gradient(incoming, normed(rows, option), layers, option, grouped(needs))
-        grad_x, grad_norm = normed_gradient(grad, rows, option)
+        source = normed(rows, option, backend)
+        grad, results = project_gradient(incoming, source, layers, option, grouped(needs), backend)
+        grad_x, grad_norm = normed_gradient(grad, rows, option, backend)
     return filled(grad_x, grad_norm, results, x)
 
 
@@ -236,23 +237,25 @@ def _define(name: str, *layers: str) -> Callable[..., Any]:
     return define(name, f"({fields}, str backend) -> ({outputs})", _forward, _fake, _setup_context, _backward_of(name))
 
 
-def _norm(*flat: Any) -> Tensor:
+def _norm(*arguments: Any) -> Tensor:
     """Norms `[N]` of the rows of W + s B A, in at least float32."""
+    *flat, backend = arguments
     layer = Layer(*flat)
-    norm = _fake_norm(*flat)
+    norm = _fake_norm(*arguments)
     a, b = layer.lora_a[0].to(norm.dtype), layer.lora_b[0].to(norm.dtype)  # type: ignore[index]
-    for rows, slab in slabs(layer, norm.dtype):
+    for rows, slab in slabs(layer, norm.dtype, backend):
         norm[rows] = torch.addmm(slab, b[rows], a, alpha=layer.scaling[0]).norm(dim=1)
     return norm
 
 
-def _fake_norm(*flat: Any) -> Tensor:
+def _fake_norm(*arguments: Any) -> Tensor:
+    *flat, _ = arguments
     layer, lora_a = Layer(*flat), flat[Layer._fields.index("lora_a")]
     wide = torch.promote_types(lora_a.dtype, torch.float32)
     dtype = wide if layer.absmax is not None else torch.promote_types(layer.weight.dtype, wide)
     return lora_a.new_empty(layer.height, dtype=dtype)
 
 
-_adapted_norm = define("lora_adapted_norm", f"({schema('layer')}) -> Tensor", _norm, _fake_norm)
+_adapted_norm = define("lora_adapted_norm", f"({schema('layer')}, str backend) -> Tensor", _norm, _fake_norm)
 _lora_linear = _define("lora_linear", "layer")
 _lora_qkv = _define("lora_qkv", "q", "k", "v")

@@ -15,7 +15,7 @@ one matrix of rank E R, and the parts of u and v that belong to other adapters t
 """
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, SupportsFloat
+from typing import Any, NamedTuple, SupportsFloat
 
 import torch
 import torch.nn.functional as F
@@ -202,85 +202,107 @@ class Gradients(NamedTuple):
     lora_b: Tensor | None
 
 
-class _Bundle(NamedTuple):
+class Bundle(NamedTuple):
     """Adapters that read the same x̃; `columns` are theirs of the `ranks` columns of u and v."""
 
     layers: list[int]
     columns: list[slice]
-    lora_a: Tensor  # [ranks, K] wide
+    lora_a: Tensor  # [ranks, K], in the dtype of u and v
     dropped: Tensor | None  # bool [T, K]
 
     def source(self, x: Tensor, rows: slice) -> Tensor:
-        """Rows of x̃, without its factor 1 / (1 - p), wide."""
+        """Rows of x̃, without its factor 1 / (1 - p), in the dtype of u."""
         tile = x[rows].to(self.lora_a.dtype)
         return tile if self.dropped is None else tile.masked_fill(self.dropped[rows], 0)
 
 
-def normed(x: Tensor, options: Options) -> Tensor:
+def normed(x: Tensor, options: Options, backend: str) -> Tensor:
     """x `[T, K]`, through the norm if there is one."""
     if options.norm is None:
         return x
     wide = torch.promote_types(x.dtype, torch.float32)
-    return rms_norm._cpu_forward(x.to(wide), options.norm, options.eps, None)[0].to(x.dtype)
+    return rms_norm._forward(x.to(wide), options.norm, options.eps, None, backend)[0].to(x.dtype)
 
 
-def normed_gradient(grad: Tensor | None, x: Tensor, options: Options) -> tuple[Tensor | None, Tensor | None]:
+def normed_gradient(
+    grad: Tensor | None, x: Tensor, options: Options, backend: str
+) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of x and of the norm's weight, from that of the normed x. The statistics are made again."""
     if grad is None or options.norm is None:
         return grad, None
     wide = torch.promote_types(x.dtype, torch.float32)
     rows = x.to(wide)
-    rstd = rms_norm._cpu_forward(rows, options.norm, options.eps, None)[2]
-    grad_x, grad_norm = rms_norm._cpu_backward(grad.to(wide), None, rows, options.norm, rstd)
+    rstd = rms_norm._forward(rows, options.norm, options.eps, None, backend)[2]
+    grad_x, grad_norm = rms_norm._gradient(grad.to(wide), None, rows, options.norm, rstd, backend)
     return grad_x.to(x.dtype), grad_norm
 
 
-def project(x: Tensor, layers: Sequence[Layer], options: Options) -> list[Tensor]:
+def project(x: Tensor, layers: Sequence[Layer], options: Options, backend: str) -> list[Tensor]:
     """y `[T, N]` of every layer, for x `[T, K]`."""
     low: list[Tensor | None] = [None] * len(layers)
-    for bundle in _bundles(x, layers, options):
-        u = torch.empty(len(x), len(bundle.lora_a), dtype=bundle.lora_a.dtype, device=x.device)
-        for rows in _tiles(len(x), x.shape[1], x.dtype == u.dtype and bundle.dropped is None):
-            torch.mm(bundle.source(x, rows), bundle.lora_a.T, out=u[rows])
-        for i, columns in zip(bundle.layers, bundle.columns, strict=True):
-            low[i] = _scaled(u[:, columns], layers[i], options, slice(None))
-    return [_output(x, layer, u) for layer, u in zip(layers, low, strict=True)]
+    for bundle in _bundles(x, layers, options, backend):
+        for i, u in zip(bundle.layers, _low_rank(x, layers, options, bundle, backend), strict=True):
+            low[i] = u
+    return [_output(x, layer, u, backend) for layer, u in zip(layers, low, strict=True)]
 
 
-def _output(x: Tensor, layer: Layer, low: Tensor | None) -> Tensor:
+def _low_rank(x: Tensor, layers: Sequence[Layer], options: Options, bundle: Bundle, backend: str) -> list[Tensor]:
+    """u `[T, E R]` of each layer of a bundle."""
+    if backend == "triton":
+        u = _kernels().low_rank(x, layers, options, bundle)
+        return [u[:, columns] for columns in bundle.columns]
+    u = torch.empty(len(x), len(bundle.lora_a), dtype=bundle.lora_a.dtype, device=x.device)
+    for rows in _tiles(len(x), x.shape[1], x.dtype == u.dtype and bundle.dropped is None):
+        torch.mm(bundle.source(x, rows), bundle.lora_a.T, out=u[rows])
+    parts = zip(bundle.layers, bundle.columns, strict=True)
+    return [_scaled(u[:, columns], layers[i], options, slice(None)) for i, columns in parts]
+
+
+def _output(x: Tensor, layer: Layer, low: Tensor | None, backend: str) -> Tensor:
     """x W^T + b + u B^T, the last part first: the large product then adds to it in the same pass."""
     if low is None:
         if layer.nf4 is None:
             return F.linear(x, layer.weight, layer.bias)
         y = x.new_zeros(len(x), layer.height) if layer.bias is None else layer.bias.repeat(len(x), 1)
     else:
-        low, lora_b = low.to(x.dtype), _flat_b(layer, x.dtype)
+        if backend == "triton" and _kernels().fused(x):
+            return _kernels().output(x, layer, low)
+        low, lora_b = low.to(x.dtype), flat_b(layer, x.dtype)
         y = low @ lora_b.T if layer.bias is None else torch.addmm(layer.bias, low, lora_b.T)
     if layer.nf4 is None:
         return y.addmm_(x, layer.weight.T)
-    nf4.add_product(y, x, layer.nf4, "cpu")
+    nf4.add_product(y, x, layer.nf4, backend)
     return y
 
 
 def project_gradient(
-    grads: Sequence[Tensor], x: Tensor, layers: Sequence[Layer], options: Options, needs: Sequence[Sequence[bool]]
+    grads: Sequence[Tensor],
+    x: Tensor,
+    layers: Sequence[Layer],
+    options: Options,
+    needs: Sequence[Sequence[bool]],
+    backend: str,
 ) -> tuple[Tensor | None, list[Gradients]]:
     """Gradients of x and of every layer, for `grads` dy `[T, N]`; `needs` are [that of x] and four for each layer."""
     needs_x, needs_layers = needs[0][0], needs[1:]
     low: list[tuple[Tensor | None, Tensor | None]] = [(None, None)] * len(layers)
-    grad_x = None
-    for bundle in _bundles(x, layers, options):
-        v, grad_a, grad_bs = _adapter_gradient(grads, x, layers, options, bundle)
+    fused = needs_x and options.dropout == 0 and backend == "triton" and _kernels().fused(x)
+    grad_x = v = lora_a = None
+    for bundle in _bundles(x, layers, options, backend):
+        v, grad_a, grad_bs = _adapter_gradient(grads, x, layers, options, bundle, backend)
+        lora_a = bundle.lora_a
         for i, columns, grad_b in zip(bundle.layers, bundle.columns, grad_bs, strict=True):
             low[i] = grad_a[columns], grad_b
-        if needs_x:
-            part = v.to(x.dtype) @ bundle.lora_a.to(x.dtype)
+        if needs_x and not fused:
+            part = v.to(x.dtype) @ lora_a.to(x.dtype)
             part = part if bundle.dropped is None else part.masked_fill_(bundle.dropped, 0)
             grad_x = part if grad_x is None else grad_x.add_(part)
-    if needs_x:
+    if fused:
+        grad_x = _kernels().input_gradient(grads, x, layers, v, lora_a)
+    elif needs_x:
         grad_x = torch.zeros_like(x, memory_format=torch.contiguous_format) if grad_x is None else grad_x
         for grad, layer in zip(grads, layers, strict=True):
-            _add_base_gradient(grad_x, grad, layer)
+            _add_base_gradient(grad_x, grad, layer, backend)
     results = [
         _layer_gradients(grad, x, layer, *low[i], needs_layers[i])
         for i, (grad, layer) in enumerate(zip(grads, layers, strict=True))
@@ -289,13 +311,15 @@ def project_gradient(
 
 
 def _adapter_gradient(
-    grads: Sequence[Tensor], x: Tensor, layers: Sequence[Layer], options: Options, bundle: _Bundle
+    grads: Sequence[Tensor], x: Tensor, layers: Sequence[Layer], options: Options, bundle: Bundle, backend: str
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """(v `[T, ranks]`, dA `[ranks, K]`, the dB^T `[ranks, N]` of its layers), in one pass over x and dy."""
+    if backend == "triton":
+        return _kernels().adapter_gradient(grads, x, layers, options, bundle)
     wide = bundle.lora_a.dtype
     v = torch.empty(len(x), len(bundle.lora_a), dtype=wide, device=x.device)
     grad_a = torch.zeros_like(bundle.lora_a)
-    lora_bs = [_flat_b(layers[i], wide) for i in bundle.layers]
+    lora_bs = [flat_b(layers[i], wide) for i in bundle.layers]
     grad_bs = [torch.zeros_like(lora_b.T, memory_format=torch.contiguous_format) for lora_b in lora_bs]
     width = max(x.shape[1], *(layers[i].height for i in bundle.layers))
     for rows in _tiles(len(x), width):
@@ -309,11 +333,11 @@ def _adapter_gradient(
     return v, grad_a, grad_bs
 
 
-def _add_base_gradient(grad_x: Tensor, grad: Tensor, layer: Layer) -> None:
+def _add_base_gradient(grad_x: Tensor, grad: Tensor, layer: Layer, backend: str) -> None:
     if layer.nf4 is None:
         grad_x.addmm_(grad, layer.weight)
     else:
-        nf4.add_transposed_product(grad_x, grad, layer.nf4, "cpu")
+        nf4.add_transposed_product(grad_x, grad, layer.nf4, backend)
 
 
 def _layer_gradients(
@@ -333,26 +357,34 @@ def _layer_gradients(
     )
 
 
-def _bundles(x: Tensor, layers: Sequence[Layer], options: Options) -> Iterator[_Bundle]:
+def _bundles(x: Tensor, layers: Sequence[Layer], options: Options, backend: str) -> Iterator[Bundle]:
     """The adapted layers, all together, or each by itself where each drops other elements."""
     adapted = [i for i, layer in enumerate(layers) if layer.lora_a is not None]
     if options.dropout == 0:
         if adapted:
-            yield _bundle(x, layers, adapted, None)
+            yield _bundle(x, layers, adapted, None, backend)
         return
     for i in adapted:
-        yield _bundle(x, layers, [i], reference.dropped(x, options.dropout, options.seed + i))
+        yield _bundle(x, layers, [i], reference.dropped(x, options.dropout, options.seed + i), backend)
 
 
-def _bundle(x: Tensor, layers: Sequence[Layer], adapted: list[int], dropped: Tensor | None) -> _Bundle:
-    wide = torch.promote_types(x.dtype, torch.float32)
+def _bundle(x: Tensor, layers: Sequence[Layer], adapted: list[int], dropped: Tensor | None, backend: str) -> Bundle:
+    dtypes = {t.dtype for i in adapted for t in (layers[i].lora_a, layers[i].lora_b) if t is not None}
+    dtype = x.dtype if backend == "triton" and dtypes == {x.dtype} else torch.promote_types(x.dtype, torch.float32)
     matrices, columns, start = [], [], 0
     for i in adapted:
         lora_a: Tensor = layers[i].lora_a  # type: ignore[assignment]
-        matrices.append(lora_a.reshape(-1, x.shape[1]).to(wide))
+        matrices.append(lora_a.reshape(-1, x.shape[1]).to(dtype))
         columns.append(slice(start, start + layers[i].rank))
         start = columns[-1].stop
-    return _Bundle(adapted, columns, matrices[0] if len(matrices) == 1 else torch.cat(matrices), dropped)
+    return Bundle(adapted, columns, matrices[0] if len(matrices) == 1 else torch.cat(matrices), dropped)
+
+
+def _kernels() -> Any:
+    """posttrain.kernels.lora, whose import needs Triton."""
+    from posttrain.kernels import lora
+
+    return lora
 
 
 def _scaled(low: Tensor, layer: Layer, options: Options, rows: slice) -> Tensor:
@@ -366,16 +398,16 @@ def _scaled(low: Tensor, layer: Layer, options: Options, rows: slice) -> Tensor:
     return parts.masked_fill_(~own[..., None], 0).view(low.shape)
 
 
-def slabs(layer: Layer, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+def slabs(layer: Layer, dtype: torch.dtype, backend: str) -> Iterator[tuple[slice, Tensor]]:
     """Runs of the rows of W, in `dtype`."""
     if layer.nf4 is not None:
-        yield from nf4.slabs(layer.nf4, dtype, "cpu")
+        yield from nf4.slabs(layer.nf4, dtype, backend)
         return
     for rows in _tiles(layer.height, layer.width):
         yield rows, layer.weight[rows].to(dtype)
 
 
-def _flat_b(layer: Layer, dtype: torch.dtype) -> Tensor:
+def flat_b(layer: Layer, dtype: torch.dtype) -> Tensor:
     """B `[N, E R]`."""
     lora_b: Tensor = layer.lora_b  # type: ignore[assignment]
     return lora_b.transpose(0, 1).reshape(layer.height, layer.rank).to(dtype)

@@ -95,8 +95,8 @@ def _forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     outer, inner = _options(adapter, dropout, seed, norm, eps)
     with torch.autocast(x.device.type, enabled=False):
-        left, right = project(normed(rows, outer), (gate, up), outer)
-        (y,) = project(_gated(left, right, activation, backend), (down,), inner)
+        left, right = project(normed(rows, outer, backend), (gate, up), outer, backend)
+        (y,) = project(_gated(left, right, activation, backend), (down,), inner, backend)
     return y.view(*x.shape[:-1], y.shape[-1]), left, right
 
 
@@ -157,14 +157,15 @@ def _gradient(grad: Tensor, left: Tensor, right: Tensor, x: Tensor, *arguments: 
     with torch.autocast(x.device.type, enabled=False):
         hidden = _gated(left, right, activation, backend)
         incoming = [grad.reshape(len(rows), down.height)]
-        grad_hidden, below = project_gradient(incoming, hidden, (down,), inner, ([True], needs_layers[2]))
+        grad_hidden, below = project_gradient(incoming, hidden, (down,), inner, ([True], needs_layers[2]), backend)
         assert grad_hidden is not None
         del hidden
         grads = _gated_gradient(grad_hidden, left, right, activation, backend)
         del grad_hidden
-        source = normed(rows, outer)
-        grad_source, above = project_gradient(grads, source, (gate, up), outer, (needs_x, *needs_layers[:2]))
-        grad_x, grad_norm = normed_gradient(grad_source, rows, outer)
+        source = normed(rows, outer, backend)
+        needs_outer = needs_x, *needs_layers[:2]
+        grad_source, above = project_gradient(grads, source, (gate, up), outer, needs_outer, backend)
+        grad_x, grad_norm = normed_gradient(grad_source, rows, outer, backend)
     return filled(grad_x, grad_norm, [*above, *below], x)
 
 

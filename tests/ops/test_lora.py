@@ -426,7 +426,7 @@ def test_opcheck(dtype) -> None:
             torch.ops.posttrain.lora_linear_backward, arguments, test_utils=("test_schema", "test_faketensor")
         )
         torch.library.opcheck(
-            torch.ops.posttrain.lora_adapted_norm, [t.detach() if isinstance(t, Tensor) else t for t in layer]
+            torch.ops.posttrain.lora_adapted_norm, [*(t.detach() if isinstance(t, Tensor) else t for t in layer), "cpu"]
         )
     x, *layer, _ = flat(dtype)
     norm = torch.ones(20, dtype=dtype, requires_grad=True)

@@ -1,0 +1,254 @@
+"""The LoRA ops on a GPU (posttrain/ops/lora_layer.py has the formulas).
+
+The kernels are in lora_device.py; here are the method, the choice of tiles, and the launches.
+
+The products with A and B are one kernel, which also scales them, leaves out what dropout takes, and sets to 0 what
+belongs to other adapters than the row's: u = c x̃ A^T and v = c dy B. Their gradients are another, dA = v^T x̃ and
+dB^T = u^T dy, over splits of the rows that are then added in order. Both sum in float32. Where x and the adapters have
+one half precision u and v are rounded to it; float32 adapters over a half precision x keep theirs in float32, in three
+products of TF32, which hold x exactly.
+
+The large products, x W^T + u B^T and dy W + v A, either have their depth extended by R inside one kernel, or are the
+library's: the product of rank R first, then the large one adding to it. FUSED says which.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from posttrain.kernels import lora_device as kernels
+from posttrain.ops import nf4
+from posttrain.ops.lora_layer import Bundle, Layer, Options, flat_b
+
+# Compute capability -> whether the large products of half precision are the kernel's. Triton's GEMM by pointers is
+# about as fast as the library where both use mma; from sm_90 on the library has TMA and warp specialisation.
+FUSED = {80: True, 86: True, 90: False, 100: False, 120: True}
+
+
+class Blocks(NamedTuple):
+    """Tile sizes of the extended GEMM: rows, columns, and the step along the depth."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+
+# Compute capability -> tiles for half precision.
+BLOCKS = {
+    80: Blocks(128, 128, 64, 8, 3),
+    86: Blocks(128, 128, 32, 8, 3),
+    90: Blocks(128, 256, 64, 8, 3),
+    100: Blocks(128, 128, 64, 8, 3),
+    120: Blocks(128, 128, 32, 8, 3),
+}
+FLOAT_BLOCKS = Blocks(64, 64, 32, 8, 2)
+INTERPRETER_BLOCKS = Blocks(32, 32, 32, 4, 1)
+SPLIT_ROWS, PROGRAMS = 512, 512  # of the gradients of A and B: at least, of a split; about, in all
+
+
+def adapter_gradient(
+    grads: Sequence[Tensor], x: Tensor, layers: Sequence[Layer], options: Options, bundle: Bundle
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """(v `[T, ranks]`, dA `[ranks, K]`, the dB^T `[ranks, N]` of its layers)."""
+    u = low_rank(x, layers, options, bundle)
+    v = torch.empty_like(u)
+    grad_bs = []
+    for i, columns in zip(bundle.layers, bundle.columns, strict=True):
+        lora_b = flat_b(layers[i], u.dtype)
+        _low_rank(grads[i], lora_b.T, [layers[i]], options, None, v[:, columns])
+        grad_bs.append(_outer(u[:, columns], grads[i], None))
+    return v, _outer(v, x, bundle.dropped), grad_bs
+
+
+def low_rank(x: Tensor, layers: Sequence[Layer], options: Options, bundle: Bundle) -> Tensor:
+    """u `[T, ranks]` of the layers of a bundle, in the dtype of its A."""
+    u = bundle.lora_a.new_empty(len(x), len(bundle.lora_a))
+    _low_rank(x, bundle.lora_a, [layers[i] for i in bundle.layers], options, bundle.dropped, u)
+    return u
+
+
+def output(x: Tensor, layer: Layer, low: Tensor) -> Tensor:
+    """x W^T + b + u B^T `[T, N]`, in one kernel."""
+    y = x.new_empty(len(x), layer.height)
+    lora_b = flat_b(layer, x.dtype)
+    for rows, slab in _dense(layer, x.dtype):
+        bias = None if layer.bias is None else layer.bias[rows]
+        _extended(x, slab, low, lora_b[rows], bias, y[:, rows], False)
+    return y
+
+
+def input_gradient(
+    grads: Sequence[Tensor], x: Tensor, layers: Sequence[Layer], low: Tensor | None, lora_a: Tensor | None
+) -> Tensor:
+    """Sum of dy W over the layers, and v A, `[T, K]`; each layer is one kernel that adds to those before."""
+    grad_x = x.new_empty(x.shape)
+    add = False
+    for grad, layer in zip(grads, layers, strict=True):
+        for rows, slab in _dense(layer, x.dtype):
+            factor = None if lora_a is None or add else lora_a.T
+            _extended(grad[:, rows], slab.T, None if add else low, factor, None, grad_x, add)
+            add = True
+    return grad_x
+
+
+def fused(x: Tensor) -> bool:
+    """Whether the large products with x are those of the kernel."""
+    if not x.is_cuda:
+        return True
+    return x.dtype != torch.float32 and len(x) > nf4.MATVEC_ROWS and FUSED[_newest(FUSED, x)]
+
+
+def _low_rank(
+    x: Tensor, factor: Tensor, layers: Sequence[Layer], options: Options, dropped: Tensor | None, out: Tensor
+) -> None:
+    """out = c x̃ factor^T, for factor `[ranks, K]`."""
+    if out.numel() == 0:
+        return
+    x = _readable(x)
+    ranks, block = len(factor), _rank_block(len(factor))
+    keys = tuple((tuple(s / (1 - options.dropout) for s in layer.scaling), layer.rank) for layer in layers)
+    scale, owner = _columns(keys, x.device)
+    adapter = None if options.adapter is None else options.adapter.contiguous()
+    with _on(x):
+        kernels.low_rank_kernel[triton.cdiv(ranks, block), triton.cdiv(len(x), kernels.LOW_RANK["BLOCK_T"])](
+            x, _bytes(dropped), factor, scale, owner, adapter, out,
+            *x.shape, ranks, x.stride(0), *factor.stride(), out.stride(0),
+            BLOCK_R=block, HALF=_mixed(x, factor), **kernels.LOW_RANK,
+        )  # fmt: skip
+
+
+def _outer(low: Tensor, x: Tensor, dropped: Tensor | None) -> Tensor:
+    """low^T x̃ `[ranks, K]`, float32, without the factor 1 / (1 - p), which low has."""
+    x = _readable(x)
+    (rows, width), ranks = x.shape, low.shape[1]
+    block = _rank_block(ranks)
+    tiles = triton.cdiv(width, kernels.OUTER["BLOCK_K"]), triton.cdiv(ranks, block)
+    splits = max(1, min(triton.cdiv(rows, SPLIT_ROWS), PROGRAMS // max(1, tiles[0] * tiles[1])))
+    total = x.new_empty(splits, ranks, width, dtype=torch.float32)
+    if total.numel():
+        with _on(x):
+            kernels.outer_kernel[*tiles, splits](
+                low, x, _bytes(dropped), total, *x.shape, ranks, low.stride(0), x.stride(0),
+                triton.cdiv(triton.cdiv(rows, splits), kernels.OUTER["BLOCK_T"]) * kernels.OUTER["BLOCK_T"],
+                BLOCK_R=block, HALF=_mixed(x, low), **kernels.OUTER,
+            )  # fmt: skip
+    return total[0] if splits == 1 else total.sum(0)
+
+
+def _extended(
+    x: Tensor,
+    weight: Tensor,
+    low: Tensor | None,
+    factor: Tensor | None,
+    bias: Tensor | None,
+    out: Tensor,
+    add: bool,
+) -> None:
+    """out = x weight^T + low factor^T + bias, for weight `[N, K]` and factor `[N, ranks]`; added to out if `add`."""
+    if out.numel() == 0:
+        return
+    x, low = _readable(x), None if low is None else _readable(low.to(x.dtype))
+    factor = None if factor is None else factor.to(x.dtype)
+    with _on(x):
+        b = _blocks(x)
+        grid = (triton.cdiv(len(x), b.rows) * triton.cdiv(len(weight), b.columns),)
+        kernels.extended_kernel[grid](**_arguments(x, weight, low, factor, bias, out, add, b))
+
+
+def _arguments(
+    x: Tensor,
+    weight: Tensor,
+    low: Tensor | None,
+    factor: Tensor | None,
+    bias: Tensor | None,
+    out: Tensor,
+    add: bool,
+    b: Blocks,
+) -> dict[str, Any]:
+    ranks = 0 if low is None else low.shape[1]
+    return {
+        "x_ptr": x,
+        "weight_ptr": weight,
+        "low_ptr": low,
+        "factor_ptr": factor,
+        "bias_ptr": None if bias is None else bias.contiguous(),
+        "out_ptr": out,
+        "M": len(x),
+        "N": len(weight),
+        "K": x.shape[1],
+        "R": ranks,
+        "x_stride": x.stride(0),
+        "weight_stride": weight.stride(0),
+        "weight_depth": weight.stride(1),
+        "low_stride": 0 if low is None else low.stride(0),
+        "factor_stride": 0 if factor is None else factor.stride(0),
+        "factor_depth": 0 if factor is None else factor.stride(1),
+        "out_stride": out.stride(0),
+        "ADD": add,
+        "EVEN_K": x.shape[1] % b.depth == 0,
+        "BLOCK_M": b.rows,
+        "BLOCK_N": b.columns,
+        "BLOCK_K": b.depth,
+        "BLOCK_R": min(32, _rank_block(ranks)),
+        "num_warps": b.warps,
+        "num_stages": b.stages,
+    }
+
+
+def _dense(layer: Layer, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """W in runs of its rows: in one, or as many as it is dequantised in."""
+    if layer.nf4 is None:
+        return iter([(slice(None), layer.weight)])
+    return nf4.slabs(layer.nf4, dtype, "triton")
+
+
+def _rank_block(ranks: int) -> int:
+    return max(16, min(64, triton.next_power_of_2(ranks)))
+
+
+def _mixed(x: Tensor, other: Tensor) -> bool:
+    """Whether x is in half precision and `other` in float32."""
+    return x.dtype != other.dtype
+
+
+@lru_cache(maxsize=256)
+def _columns(layers: tuple[tuple[tuple[float, ...], int], ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """(factor, adapter) of each column of u, for the factors and the ranks E R of layers."""
+    scale = [s for factors, rank in layers for s in factors for _ in range(rank // len(factors))]
+    owner = [e for factors, rank in layers for e in range(len(factors)) for _ in range(rank // len(factors))]
+    return torch.tensor(scale, dtype=torch.float32, device=device), torch.tensor(
+        owner, dtype=torch.int64, device=device
+    )
+
+
+def _blocks(x: Tensor) -> Blocks:
+    """Tile sizes: they depend on the device and the dtype, never on the number of rows."""
+    if not x.is_cuda:
+        return INTERPRETER_BLOCKS
+    return FLOAT_BLOCKS if x.dtype == torch.float32 else BLOCKS[_newest(BLOCKS, x)]
+
+
+def _newest(table: dict[int, Any], x: Tensor) -> int:
+    """The newest capability in the table that isn't above that of the device."""
+    major, minor = torch.cuda.get_device_capability(x.device)
+    return max(known for known in table if known <= max(10 * major + minor, 80))
+
+
+def _readable(x: Tensor) -> Tensor:
+    """`x` with its rows contiguous."""
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _bytes(dropped: Tensor | None) -> Tensor | None:
+    return None if dropped is None else dropped.view(torch.uint8)
+
+
+def _on(x: Tensor):
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
