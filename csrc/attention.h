@@ -1,5 +1,5 @@
-// What packed attention works on, and how it walks a forest of tokens (built by layout.cpp), as plain data: the same
-// types for every instruction set.
+// What packed and paged attention work on, and how they walk a forest of tokens (built by layout.cpp) and the pages of
+// sequences (paging.cpp), as plain data: the same types for every instruction set.
 #pragma once
 
 #include <cstdint>
@@ -23,6 +23,9 @@ struct QueryTile {
   const KeyRange* ancestors;
   int64_t num_ancestors;
 };
+
+// Keys that the softmax takes together.
+constexpr int64_t kKeyBlock = 64;
 
 // Rows of a panel, the queries of a tile under the heads of a group, and tokens of a chunk, at most.
 constexpr int64_t kPanelRows = 64;
@@ -62,6 +65,42 @@ struct AttentionGradients {
   T* grad_k;
   T* grad_v;
   T* delta;  // written
+};
+
+// A cache [pages, page size, key heads, width] whose last dimension is contiguous; strides in elements.
+template <class T>
+struct Pages {
+  const T* data;
+  int64_t page, token, head;
+};
+
+// The pages of each sequence, one for every 2^page_bits positions.
+struct BlockTable {
+  const int32_t* pages;
+  int64_t stride, page_bits;
+};
+
+// Queries of a sequence at the positions begin <= p < end, from `token` on. The first `common` blocks of kKeyBlock keys
+// are also those of the slice before, in the same pages and before both ends.
+struct QuerySlice {
+  int64_t sequence, token, begin, end, common;
+};
+
+// Neighbouring slices begin <= i < end that are worked on together: one, or as many as share a block of keys and fit.
+struct SlicePanel {
+  int64_t begin, end;
+};
+
+// What paged attention reads. softcap and window are 0 for none, sinks [heads] may be null.
+template <class T>
+struct PagedAttention {
+  View<const T> q;
+  Pages<T> k, v;
+  BlockTable table;
+  const T* sinks;
+  int64_t heads, key_heads, width;
+  double scale, softcap;
+  int64_t window;
 };
 
 }  // namespace posttrain

@@ -12,6 +12,7 @@
 #include "isa.h"
 #include "layout.h"
 #include "packing.h"
+#include "paging.h"
 
 namespace py = pybind11;
 using address = uintptr_t;
@@ -207,6 +208,59 @@ void attention_backward(int itemsize, view q, view k, view v, address visible_un
   });
 }
 
+// Addresses of block_table, context_lens and query_lens (or 0); elements between the table's rows, sequences, max_pages.
+using tables = std::tuple<address, address, address, int64_t, int64_t, int64_t>;
+
+posttrain::PagedTables paged_tables(tables t) {
+  const auto [block_table, context_lens, query_lens, stride, sequences, max_pages] = t;
+  return {at<int32_t>(block_table), stride, at<int32_t>(context_lens), at<int32_t>(query_lens), sequences, max_pages};
+}
+
+void check_pages(tables t, int64_t tokens, int64_t num_pages, int64_t page_size) {
+  posttrain::check_pages(paged_tables(t), tokens, num_pages, page_size);
+}
+
+// Strides of k and v in elements.
+void write_cache(int itemsize, view k, view v, address key_cache, address value_cache, address slots, int64_t tokens,
+                 int64_t heads, int64_t width, int64_t room) {
+  const auto heads_of = [&](view x) {
+    return posttrain::TokenHeads{at<char>(std::get<0>(x)), std::get<1>(x) * itemsize, std::get<2>(x) * itemsize};
+  };
+  posttrain::write_cache(heads_of(k), heads_of(v), at<char>(key_cache), at<char>(value_cache), at<int64_t>(slots),
+                         tokens, heads, width * itemsize, room);
+}
+
+int64_t paged_workspace(int itemsize, int64_t width) {
+  if (itemsize == 8) return POSTTRAIN_CALL(paged_workspace<double>, width);
+  return POSTTRAIN_CALL(paged_workspace<float>, width);
+}
+
+// Address and strides of a cache: page, token, head.
+using cache = std::tuple<address, int64_t, int64_t, int64_t>;
+
+template <class T>
+posttrain::Pages<T> pages(cache c) {
+  const auto [data, page, token, head] = c;
+  return {at<T>(data), page, token, head};
+}
+
+// The shape is that of attention, but with the page size in place of the width of values.
+void paged_attention(int itemsize, view q, cache k, cache v, tables t, address sinks, shape s, score_options o,
+                     address out, address workspace, int threads) {
+  by_size(itemsize, [=](auto t_) {
+    using T = decltype(t_);
+    const auto [heads, key_heads, width, page_size] = s;
+    const auto [scale, softcap, window] = o;
+    const posttrain::PagedTables all = paged_tables(t);
+    const posttrain::PagedPlan work = posttrain::paged_plan(all, page_size, heads / key_heads);
+    const posttrain::PagedAttention<T> f = {
+        tensor<T>(q), pages<T>(k), pages<T>(v), {all.block_table, all.stride, __builtin_ctzll(page_size)},
+        at<T>(sinks), heads, key_heads, width, scale, softcap, window};
+    POSTTRAIN_CALL(paged_attention<T>, f, work.slices.data(), work.panels.data(), work.panels.size(), at<T>(out),
+                   at<T>(workspace), threads);
+  });
+}
+
 // Packed, absmax (or its 8-bit index), nested absmax, nested code and offset (0 without nested statistics); block,
 // nested block.
 using nf4 = std::tuple<address, address, address, address, address, int64_t, int64_t>;
@@ -267,4 +321,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("attention_workspace", &attention_workspace);
   m.def("attention_forward", &attention_forward);
   m.def("attention_backward", &attention_backward);
+  m.def("check_pages", &check_pages);
+  m.def("write_cache", &write_cache);
+  m.def("paged_workspace", &paged_workspace);
+  m.def("paged_attention", &paged_attention);
 }

@@ -74,6 +74,15 @@ template <class T>
 void attention_backward(const Attention<T>& f, const QueryTile* tiles, const TileChunk* chunks, int64_t num_chunks,
                         int64_t steps, const AttentionGradients<T>& g, T* workspace, int threads);
 
+// As attention_workspace.
+template <class T>
+int64_t paged_workspace(int64_t width);
+
+// out [tokens, heads, width], contiguous.
+template <class T>
+void paged_attention(const PagedAttention<T>& f, const QuerySlice* slices, const SlicePanel* panels,
+                     int64_t num_panels, T* out, T* workspace, int threads);
+
 // Elements [first, first + count) of the matrix `w`.
 template <class T>
 void nf4_dequantize(const Nf4& w, int64_t first, int64_t count, T* out);

@@ -1,9 +1,5 @@
 // Attention over a packed forest of tokens (posttrain/ops/packed_attention.py has the formulas).
 //
-// Every product is one micro-kernel: C[c][:] += sum over i of A[c, i] B[i][:] on a block of kBlock c times up to
-// kWide vectors, kept in registers and added to C at the end, since sums of sums err less. A is read one number at a
-// time, in any layout, and B in whole vectors.
-//
 // A *panel* is up to kRows rows, each a query of a tile under one head of a group that shares keys: [heads][queries].
 // Forward, the lanes of a vector of scores are rows, so the softmax needs no sums across lanes. Backward they are
 // keys, and only the keys are transposed, once for all the queries they meet.
@@ -14,124 +10,11 @@
 // copies of the gradients.
 #include <omp.h>
 
-#include "cpu/kernels.h"
-#include "cpu/simd.h"
+#include "cpu/attention_tile.h"
 
 namespace posttrain::POSTTRAIN_ISA {
 
 namespace {
-
-#if defined(__AVX512F__)
-constexpr int kWide = 4;
-#else
-constexpr int kWide = 2;
-#endif
-constexpr int kBlock = 6;
-constexpr int64_t kRows = kPanelRows;
-constexpr int64_t kKeys = 64;  // at a time
-constexpr double kInfinity = __builtin_inf();
-
-template <class T>
-constexpr int64_t padded(int64_t n) {
-  return (n + Lanes<T>::n - 1) / Lanes<T>::n * Lanes<T>::n;
-}
-
-template <class T>
-struct Index {};
-template <>
-struct Index<float> {
-  typedef int32_t type;
-};
-template <>
-struct Index<double> {
-  typedef int64_t type;
-};
-template <class T>
-using Mask = decltype(Vec<T>{} < Vec<T>{});  // also a vector of Index<T>
-
-template <class T>
-inline Mask<T> load_indices(const typename Index<T>::type* p) {
-  Mask<T> v;
-  __builtin_memcpy(&v, p, sizeof v);
-  return v;
-}
-
-// Numbers A[c, i] at a + c * by_c + i * by_i.
-template <class T>
-struct Scalars {
-  const T* a;
-  int64_t by_c, by_i;
-};
-
-template <class T, int C, int R, bool kAdd>
-inline void block(Scalars<T> x, const T* b, int64_t b_stride, T* c, int64_t c_stride, int64_t n, int last) {
-  constexpr int n_lanes = Lanes<T>::n;
-  Vec<T> sums[C][R] = {};
-  for (int64_t i = 0; i < n; ++i) {
-    Vec<T> rows[R];
-    for (int r = 0; r < R; ++r) rows[r] = load(b + i * b_stride + r * n_lanes);
-    const T* a = x.a + i * x.by_i;
-    for (int j = 0; j < C; ++j) {
-      const Vec<T> scalar = splat(a[j * x.by_c]);
-      for (int r = 0; r < R; ++r) sums[j][r] += scalar * rows[r];
-    }
-  }
-  for (int j = 0; j < C; ++j)
-    for (int r = 0; r < R; ++r) {
-      T* at = c + j * c_stride + r * n_lanes;
-      if (r == R - 1 && last < n_lanes)
-        store_part(at, kAdd ? load_part(at, last, T(0)) + sums[j][r] : sums[j][r], last);
-      else
-        store(at, kAdd ? load(at) + sums[j][r] : sums[j][r]);
-    }
-}
-
-template <class T, int R, bool kAdd>
-void blocks(Scalars<T> x, const T* b, int64_t b_stride, T* c, int64_t c_stride, int64_t count, int64_t n, int last) {
-  int64_t j = 0;
-  for (; j + kBlock <= count; j += kBlock, x.a += kBlock * x.by_c, c += kBlock * c_stride)
-    block<T, kBlock, R, kAdd>(x, b, b_stride, c, c_stride, n, last);
-  switch (count - j) {
-    case 1: return block<T, 1, R, kAdd>(x, b, b_stride, c, c_stride, n, last);
-    case 2: return block<T, 2, R, kAdd>(x, b, b_stride, c, c_stride, n, last);
-    case 3: return block<T, 3, R, kAdd>(x, b, b_stride, c, c_stride, n, last);
-    case 4: return block<T, 4, R, kAdd>(x, b, b_stride, c, c_stride, n, last);
-    case 5: return block<T, 5, R, kAdd>(x, b, b_stride, c, c_stride, n, last);
-  }
-}
-
-// C[c][0, width) (+)= sum over i < n of A[c, i] B[i][0, width) for c < count. B is readable up to whole vectors.
-template <class T, bool kAdd>
-void multiply(Scalars<T> x, const T* b, int64_t b_stride, T* c, int64_t c_stride, int64_t count, int64_t n,
-              int64_t width) {
-  constexpr int lanes = Lanes<T>::n;
-  for (int64_t first = 0; first < width; first += kWide * lanes) {
-    const int64_t rest = width - first;
-    const int vectors = rest >= kWide * lanes ? kWide : int((rest + lanes - 1) / lanes);
-    const int last = rest >= vectors * lanes ? lanes : int(rest - (vectors - 1) * lanes);
-    switch (vectors) {
-      case 1: blocks<T, 1, kAdd>(x, b + first, b_stride, c + first, c_stride, count, n, last); break;
-      case 2: blocks<T, 2, kAdd>(x, b + first, b_stride, c + first, c_stride, count, n, last); break;
-#if defined(__AVX512F__)
-      case 3: blocks<T, 3, kAdd>(x, b + first, b_stride, c + first, c_stride, count, n, last); break;
-      case 4: blocks<T, 4, kAdd>(x, b + first, b_stride, c + first, c_stride, count, n, last); break;
-#endif
-    }
-  }
-}
-
-// Lines of numbers, `stride` apart, that may be read up to whole vectors.
-template <class T>
-struct Lines {
-  const T* data;
-  int64_t stride;
-};
-
-template <class T>
-void copy_line(const T* from, int64_t size, T factor, T* to) {
-  for (int64_t d = 0; d < size; ++d) to[d] = from[d] * factor;
-  for (int64_t d = size; d < padded<T>(size); ++d) to[d] = T(0);
-}
 
 // x[keys][head][0, size), where it is if that is whole vectors, else copied.
 template <class T>
@@ -141,28 +24,6 @@ Lines<T> lines(View<const T> x, KeyRange keys, int64_t head, int64_t size, T* co
   const int64_t line = padded<T>(size);
   for (int64_t k = 0; k < keys.end - keys.begin; ++k) copy_line(from + k * x.token, size, T(1), copy + k * line);
   return {copy, line};
-}
-
-// v[i][r] = row(r)[i] * factor for r < rows and i < size, at most whole vectors, else 0.
-template <class T, class Row>
-inline void load_turned(Row row, int64_t rows, int64_t size, T factor, Vec<T>* v) {
-  for (int r = 0; r < Lanes<T>::n; ++r)
-    v[r] = r >= rows                ? splat(T(0))
-           : size >= Lanes<T>::n ? load(row(r)) * factor
-                                 : load_part(row(r), int(size), T(0)) * factor;
-  turn<T>(v);
-}
-
-// to[d][0, rows) = row(r)[d] * factor for d < size, with zeros up to whole vectors.
-template <class T, class Row>
-void transpose(Row row, int64_t rows, int64_t size, T factor, T* to, int64_t stride) {
-  constexpr int n = Lanes<T>::n;
-  for (int64_t r = 0; r < rows; r += n)
-    for (int64_t d = 0; d < size; d += n) {
-      Vec<T> v[n];
-      load_turned([&](int64_t i) { return row(r + i) + d; }, rows - r, size - d, factor, v);
-      for (int i = 0; i < n && d + i < size; ++i) store(to + (d + i) * stride + r, v[i]);
-    }
 }
 
 // Up to kRows rows: each of a tile's queries under each of `heads` query heads from `head` on.
@@ -237,13 +98,6 @@ void each_panel(const Attention<T>& f, const QueryTile& tile, int64_t key_head, 
     body(Panel<T>(f, tile, key_head * group + h, group - h < most ? group - h : most));
 }
 
-// Lines of scores s[count][stride], to be read as vectors [0, width).
-template <class T>
-void cap_scores(T* s, int64_t stride, int64_t count, int64_t width, T cap) {
-  for (int64_t j = 0; j < count; ++j, s += stride)
-    for (int64_t r = 0; r < width; r += Lanes<T>::n) store(s + r, tanh(load(s + r) * (1 / cap)) * cap);
-}
-
 // Hides what rows don't see of s[key][kRows].
 template <class T>
 void mask_keys(const Panel<T>& panel, KeyRange keys, T* s) {
@@ -260,41 +114,6 @@ void mask_keys(const Panel<T>& panel, KeyRange keys, T* s) {
       if (f.window > 0) hidden |= load_indices<T>(position + r) - I(f.positions[k]) >= I(f.window);
       store(s + r, hidden ? splat(T(-kInfinity)) : load(s + r));
     }
-}
-
-// Turns scores s[key][kRows] into e^(s - m), moves m to the new maximum, and rescales the sums l and the rows o.
-template <class T>
-void online_softmax(T* s, int64_t keys, int64_t rows, T* m, T* l, T* o, int64_t line) {
-  constexpr int n = Lanes<T>::n;
-  T factors[kRows];
-  Mask<T> moved = {};
-  for (int64_t r = 0; r < rows; r += n) {
-    Vec<T> tops[4];
-    for (int i = 0; i < 4; ++i) tops[i] = load(m + r);
-    int64_t j = 0;
-    for (; j + 4 <= keys; j += 4)
-      for (int i = 0; i < 4; ++i) tops[i] = max<T>(tops[i], load(s + (j + i) * kRows + r));
-    for (; j < keys; ++j) tops[0] = max<T>(tops[0], load(s + j * kRows + r));
-    const Vec<T> top = max<T>(max<T>(tops[0], tops[1]), max<T>(tops[2], tops[3]));
-    const Vec<T> reference = top > T(-kInfinity) ? top : splat(T(0));
-    const Vec<T> factor = exp_or_zero(load(m + r) - reference);
-    Vec<T> sums = load(l + r) * factor;
-    for (T* at = s + r; at < s + keys * kRows; at += kRows) {
-      const Vec<T> p = exp_or_zero(load(at) - reference);
-      store(at, p);
-      sums += p;
-    }
-    store(m + r, top);
-    store(l + r, sums);
-    store(factors + r, factor);
-    moved |= factor < T(1);
-  }
-  T any[n];
-  store(any, moved ? splat(T(1)) : splat(T(0)));
-  if (max_lane<T>(load(any)) == 0) return;
-  for (int64_t row = 0; row < rows; ++row)
-    if (factors[row] < 1)
-      for (int64_t d = 0; d < line; d += n) store(o + row * line + d, load(o + row * line + d) * factors[row]);
 }
 
 template <class T>
@@ -320,16 +139,10 @@ void forward_panel(const Panel<T>& panel, T* out, double* lse, T* workspace) {
     multiply<T, true>({s, 1, kRows}, v.data, v.stride, o, line, panel.rows, count, line);
   });
   panel.each_row([&](int64_t row, int64_t token, int64_t head) {
-    double sum = l[row], top = m[row], factor = 1;
-    if (f.sinks && f.sinks[head] > top) {
-      factor = __builtin_exp(top - f.sinks[head]);
-      top = f.sinks[head];
-    }
-    sum = sum * factor + (f.sinks ? __builtin_exp(f.sinks[head] - top) : 0);
-    const T inverse = sum > 0 ? T(factor / sum) : T(0);
+    const auto [inverse, row_lse] = end_row(m[row], l[row], f.sinks ? f.sinks + head : nullptr);
     T* to = out + (token * f.heads + head) * f.value_width;
     for (int64_t d = 0; d < f.value_width; ++d) to[d] = o[row * line + d] * inverse;
-    lse[head * f.tokens + token] = sum > 0 ? top + __builtin_log(sum) : -kInfinity;
+    lse[head * f.tokens + token] = row_lse;
   });
 }
 

@@ -15,7 +15,10 @@ as in packed_attention.py. Nothing here has a gradient.
 import torch
 from torch import Tensor
 
+from posttrain import _C
 from posttrain.ops import reference
+from posttrain.ops.backend import backend_for
+from posttrain.ops.library import define
 
 
 def paged_attention(
@@ -46,18 +49,29 @@ def paged_attention(
         sinks: `[Hq]`, floating; None for none.
 
     Returns:
-        `[T, Hq, D]`, in the dtype of `q`; statistics are in float32 (float64 for float64).
+        `[T, Hq, D]`, in the dtype of `q`. Statistics are in float32 (float64 for float64); the backend "cpu" computes
+        half precision through float32 copies of the pages in use. A query's output depends only on its own sequence up
+        to itself, bit for bit: not on the rest of the batch, nor on how many of the sequence's queries come in one
+        call. With "cpu" it has the bits of `packed_attention` for a sequence that shares no prompt there.
+
+        Sequences whose tables begin with the same pages, as those of one prompt do, share the work on these pages
+        where they follow each other in the batch (with "cpu").
 
     Raises:
         ValueError: shapes, dtypes or devices that don't fit, with the numbers; tensors that need a gradient; and, for
             tensors on the CPU (a GPU would have to wait), lengths beyond the table and pages that don't exist.
     """
     _check(q, key_cache, value_cache, block_table, context_lens, query_lens, window, softcap, sinks)
+    backend = backend_for("paged_attention", q)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return reference.paged_attention(
-        q, key_cache, value_cache, block_table, context_lens, query_lens,
-        scale=scale, window=window, softcap=softcap, sinks=sinks,
-    )  # fmt: skip
+    tables = block_table, context_lens, query_lens
+    if backend == "reference":
+        _check_pages(q, key_cache, *tables)
+        return reference.paged_attention(
+            q, key_cache, value_cache, *tables, scale=scale, window=window, softcap=softcap, sinks=sinks
+        )
+    window = 0 if window is None else min(window, 2**31 - 1)  # the largest int32, as all positions are
+    return _paged_attention(q, key_cache, value_cache, *tables, sinks, scale, window, softcap or 0.0, backend)
 
 
 def write_cache(k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor) -> None:
@@ -74,8 +88,7 @@ def write_cache(k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tensor, sl
         ValueError: shapes, dtypes or devices that don't fit, with the numbers; on the CPU also slots out of range.
     """
     _check_write(k, v, key_cache, value_cache, slots)
-    key_cache.flatten(0, 1).index_copy_(0, slots, k.to(key_cache.dtype))
-    value_cache.flatten(0, 1).index_copy_(0, slots, v.to(value_cache.dtype))
+    _write_cache(k, v, key_cache, value_cache, slots)
 
 
 def _check(
@@ -121,6 +134,8 @@ def _check(
     devices = {str(x.device) for x in (q, key_cache, value_cache, *tables)}
     if len(devices) > 1:
         raise ValueError(f"paged_attention: the tensors are on several devices, {', '.join(sorted(devices))}")
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, key_cache, value_cache, sinks)):
+        raise ValueError("paged_attention: has no gradient; call it under torch.no_grad()")
     if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
         raise ValueError(f"paged_attention: window must be an integer of at least 1, got {window!r}")
     if softcap is not None and not softcap > 0:
@@ -138,10 +153,141 @@ def _check_write(k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tensor, s
         raise ValueError(f"write_cache: needs k and v [T, Hkv, D] and caches [P, page_size, Hkv, D]; got {shapes}")
     if k.ndim != 3 or k.shape[1:] != key_cache.shape[2:]:
         raise ValueError(f"write_cache: k and v must be [T, {', '.join(map(str, key_cache.shape[2:]))}]; got {shapes}")
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (k, v, key_cache, value_cache)):
+        raise ValueError("write_cache: has no gradient; call it under torch.no_grad()")
     if slots.shape != k.shape[:1] or slots.dtype != torch.int64:
         raise ValueError(f"write_cache: slots must be int64 [{len(k)}], got {slots.dtype} {list(slots.shape)}")
     if not key_cache.is_contiguous() or not value_cache.is_contiguous():
         raise ValueError(f"write_cache: the caches must be contiguous; got strides {key_cache.stride()}")
-    room = key_cache.shape[0] * key_cache.shape[1]
-    if slots.is_cpu and len(slots) and not 0 <= int(slots.min()) <= int(slots.max()) < room:
-        raise ValueError(f"write_cache: slots must be 0 to {room - 1}, got {int(slots.min())} to {int(slots.max())}")
+
+
+def _forward(
+    q: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor,
+    context_lens: Tensor,
+    query_lens: Tensor | None,
+    sinks: Tensor | None,
+    scale: float,
+    window: int,
+    softcap: float,
+    backend: str,
+) -> Tensor:
+    """window and softcap are 0 for none."""
+    _check_pages(q, key_cache, block_table, context_lens, query_lens)
+    if q.dtype in (torch.bfloat16, torch.float16):
+        key_cache, value_cache, block_table = _widened(key_cache, value_cache, block_table, context_lens)
+    return _cpu_forward(q, key_cache, value_cache, block_table, context_lens, query_lens, sinks, scale, window, softcap)
+
+
+def _fake(q, key_cache, value_cache, block_table, context_lens, query_lens, sinks, scale, window, softcap, backend):
+    return q.new_empty(q.shape)
+
+
+def _check_pages(
+    q: Tensor, key_cache: Tensor, block_table: Tensor, context_lens: Tensor, query_lens: Tensor | None
+) -> None:
+    """Looks into the tables, if they are on the CPU."""
+    if q.is_cpu:
+        _, tables = _tables(block_table, context_lens, query_lens)
+        _C.check_pages(tables, len(q), key_cache.shape[0], key_cache.shape[1])
+
+
+def _tables(
+    block_table: Tensor, context_lens: Tensor, query_lens: Tensor | None
+) -> tuple[list[Tensor], tuple[int, int, int, int, int, int]]:
+    """The tables as the kernels read them, and the tensors that must live so long."""
+    block_table = block_table if block_table.stride(-1) == 1 else block_table.contiguous()
+    tensors = [block_table, context_lens.contiguous()]
+    if query_lens is not None:
+        tensors.append(query_lens.contiguous())
+    addresses = [x.data_ptr() for x in tensors] + [0] * (3 - len(tensors))
+    return tensors, (addresses[0], addresses[1], addresses[2], block_table.stride(0), *block_table.shape)
+
+
+def _widened(
+    key_cache: Tensor, value_cache: Tensor, block_table: Tensor, context_lens: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The pages in use, in float32, and a table of them."""
+    first = torch.arange(block_table.shape[1]) * key_cache.shape[1]
+    used = first < context_lens[:, None]
+    pages, own = block_table[used].unique(return_inverse=True)
+    table = torch.zeros_like(block_table)
+    table[used] = own.int()
+    return key_cache[pages].float(), value_cache[pages].float(), table
+
+
+def _cpu_forward(
+    q: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor,
+    context_lens: Tensor,
+    query_lens: Tensor | None,
+    sinks: Tensor | None,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> Tensor:
+    wide = q.to(key_cache.dtype)
+    out = torch.empty_like(wide, memory_format=torch.contiguous_format)
+    wide, key_cache, value_cache = (x if x.stride(-1) == 1 else x.contiguous() for x in (wide, key_cache, value_cache))
+    sinks = None if sinks is None else sinks.to(wide.dtype).contiguous()
+    kept, tables = _tables(block_table, context_lens, query_lens)
+    threads = torch.get_num_threads()
+    workspace = wide.new_empty(threads, _C.paged_workspace(wide.itemsize, wide.shape[2]))
+    _C.paged_attention(
+        wide.itemsize,
+        (wide.data_ptr(), *wide.stride()[:2]),
+        (key_cache.data_ptr(), *key_cache.stride()[:3]),
+        (value_cache.data_ptr(), *value_cache.stride()[:3]),
+        tables,
+        0 if sinks is None else sinks.data_ptr(),
+        (wide.shape[1], key_cache.shape[2], wide.shape[2], key_cache.shape[1]),
+        (scale, softcap, window),
+        out.data_ptr(),
+        workspace.data_ptr(),
+        threads,
+    )
+    del kept
+    return out.to(q.dtype)
+
+
+def _write(k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor) -> None:
+    k, v = k.to(key_cache.dtype), v.to(value_cache.dtype)
+    if not k.is_cpu:
+        key_cache.flatten(0, 1).index_copy_(0, slots, k)
+        value_cache.flatten(0, 1).index_copy_(0, slots, v)
+        return
+    k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
+    slots = slots.contiguous()
+    _C.write_cache(
+        key_cache.itemsize,
+        (k.data_ptr(), *k.stride()[:2]),
+        (v.data_ptr(), *v.stride()[:2]),
+        key_cache.data_ptr(),
+        value_cache.data_ptr(),
+        slots.data_ptr(),
+        *k.shape,
+        key_cache.shape[0] * key_cache.shape[1],
+    )
+
+
+def _fake_write(k, v, key_cache, value_cache, slots):
+    return None
+
+
+_paged_attention = define(
+    "paged_attention",
+    "(Tensor q, Tensor key_cache, Tensor value_cache, Tensor block_table, Tensor context_lens, Tensor? query_lens, "
+    "Tensor? sinks, float scale, int window, float softcap, str backend) -> Tensor",
+    _forward,
+    _fake,
+)
+_write_cache = define(
+    "write_cache",
+    "(Tensor k, Tensor v, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor slots) -> ()",
+    _write,
+    _fake_write,
+)
