@@ -278,10 +278,10 @@ void nf4_dequantize(int itemsize, nf4 w, int64_t first, int64_t count, address o
   });
 }
 
-void nf4_matvec(int itemsize, nf4 w, address x, int64_t half, int rows, int64_t width, int64_t height, address y) {
+void nf4_matvec(int itemsize, nf4 w, address x, address turned, int rows, int64_t width, int64_t height, address y) {
   by_size(itemsize, [=](auto t) {
     using T = decltype(t);
-    POSTTRAIN_CALL(nf4_matvec<T>, matrix(w), at<T>(x), half, rows, width, height, at<T>(y));
+    POSTTRAIN_CALL(nf4_matvec<T>, matrix(w), at<T>(x), at<T>(turned), rows, width, height, at<T>(y));
   });
 }
 

@@ -87,9 +87,8 @@ void paged_attention(const PagedAttention<T>& f, const QuerySlice* slices, const
 template <class T>
 void nf4_dequantize(const Nf4& w, int64_t first, int64_t count, T* out);
 
-// y [rows, height] = x W^T for W [height, width]; x holds the even elements of row 0, its odd elements, those of row 1
-// and so on, each part `half` elements long.
+// y [rows, height] = x W^T for W [height, width] and x [rows, width]; `turned` is a workspace of the size of x.
 template <class T>
-void nf4_matvec(const Nf4& w, const T* x, int64_t half, int rows, int64_t width, int64_t height, T* y);
+void nf4_matvec(const Nf4& w, const T* x, T* turned, int rows, int64_t width, int64_t height, T* y);
 
 }  // namespace posttrain::POSTTRAIN_ISA

@@ -1,10 +1,10 @@
 // NF4 matrices in the layout of bitsandbytes (posttrain/ops/nf4_weight.py describes it): dequantisation, and the
 // product with a few rows.
 //
-// Weights are W_i = absmax * code[q_i] with q in the halves of a byte, the even element in the high one. The product
-// keeps x in two parts, its even and its odd elements, so that the two halves of 4 (8, 16) bytes meet consecutive
-// elements and no weight has to change its lane. The code times a block's absmax is made once a block and looked up by
-// one permutation.
+// Weights are W_i = absmax * code[q_i] with q in the halves of a byte, the even element in the high one. Values are
+// looked up by one permutation of the 16, which reads the low 4 bits of each lane only. So the product reads packed
+// bytes as 32-bit lanes, each of 8 weights, and has no need to take them apart: loads that begin 0 to 3 bytes later and
+// one shift bring each weight down in turn. x is reordered to meet them.
 #include "cpu/kernels.h"
 #include "cpu/simd.h"
 
@@ -29,6 +29,23 @@ inline float absmax_of(const Nf4& w, int64_t block) {
   if (w.nested_absmax == nullptr) return w.absmax[block];
   volatile float product = w.nested_code[w.absmax_index[block]] * w.nested_absmax[block / w.nested_block];
   return product + *w.offset;
+}
+
+// The same of `count` blocks; here the products pass through memory.
+void absmax_of(const Nf4& w, int64_t block, int64_t count, float* out) {
+  if (w.nested_absmax == nullptr) {
+    __builtin_memcpy(out, w.absmax + block, count * sizeof(float));
+    return;
+  }
+  for (int64_t i = 0, end; i < count; i = end) {
+    const int64_t outer = (block + i) / w.nested_block;
+    end = (outer + 1) * w.nested_block - block;
+    end = end < count ? end : count;
+    const float scale = w.nested_absmax[outer];
+    for (int64_t j = i; j < end; ++j) out[j] = w.nested_code[w.absmax_index[block + j]] * scale;
+  }
+  asm volatile("" ::: "memory");
+  for (int64_t i = 0; i < count; ++i) out[i] += *w.offset;
 }
 
 inline int nibble(const uint8_t* packed, int64_t i) {
@@ -113,112 +130,194 @@ void dequantize_run(const uint8_t* packed, float absmax, int64_t i, int64_t end,
   for (; i < end; ++i) *out++ = double(kCode[nibble(packed, i)]) * absmax;
 }
 
-// x [rows, width], its even and odd elements apart: part p of row r begins at data + (2 r + p) * half.
-template <class T>
-struct Split {
-  const T* data;
-  int64_t half;
-  // Where element k of row 0 lies; those of row r lie 2 r * half further, element k + 2 one further.
-  const T* at(int64_t k) const { return data + (k & 1) * half + (k >> 1); }
+// A run: as many weights as the nibbles of one vector; its lane l has those from 8 l on.
+constexpr int kRun = 8 * kLanes;
+constexpr int kBand = 16;     // rows of W that a thread takes at a time,
+constexpr int kPiece = 4096;  // and elements of these rows
+constexpr int kAbsmax = kPiece / 32 + kLanes;  // room for the absmax of a piece of a row, and to load more than there are
+constexpr int kSums = kVectorBytes == 64 ? 16 : 8;  // sums that fit in registers
+constexpr int kGroup = kVectorBytes == 64 ? 4 : 8;  // rows of x at a time: more where looking up costs more
+
+// Whether every row of W is made of whole blocks and whole runs.
+inline bool has_runs(const Nf4& w, int64_t width) { return width % w.block == 0 && width % kRun == 0; }
+
+// How many of `rows` rows of x are taken together.
+inline int group_of(int rows) { return rows >= kGroup ? kGroup : rows >= 4 ? 4 : rows >= 2 ? 2 : 1; }
+
+// A run of `rows` rows of x as add_runs reads it: element 8 l + e of row r in the order of e, then of r, then of l.
+void turn_run(const float* x, int64_t width, int rows, float* out) {
+  for (int e = 0; e < 8; ++e)
+    for (int r = 0; r < rows; ++r, out += kLanes)
+      for (int l = 0; l < kLanes; ++l) out[l] = x[r * width + 8 * l + e];
+}
+
+inline VecInt load_words(const uint8_t* p) {
+  VecInt q;
+  __builtin_memcpy(&q, p, sizeof q);
+#if defined(__AVX2__)
+  asm("" : "+v"(q));  // GCC 12 would load it again for its other half
+#endif
+  return q;
+}
+
+// A piece of some rows of W and of x.
+struct Piece {
+  const uint8_t *packed, *next;  // its first row of W, and that of the piece to come
+  int64_t stride;                // bytes from row to row
+  const float* absmax;           // [rows of W, kAbsmax]
+  int shift;                     // blocks have 2^shift elements
+  const float* x;
+
+  // Byte b of every word of run i of row c, in the low bits of the lanes. Loading b bytes further costs no shift, but
+  // reads b bytes too far, so in the last run of the matrix the bytes are shifted.
+  template <bool kLast>
+  VecInt bytes(int64_t i, int c, int b) const {
+    const uint8_t* p = packed + c * stride + i * (kRun / 2);
+    return kLast ? load_words(p) >> 8 * b : load_words(p + b);
+  }
+
+  // The absmax of each lane's block in run i of row c; `lanes` are the blocks' numbers.
+  Vec<float> scale(int64_t i, int c, VecInt lanes) const {
+    const float* p = absmax + c * kAbsmax + (i * kRun >> shift);
+#if defined(__AVX512F__)
+    return (Vec<float>)_mm512_maskz_permutexvar_ps(__mmask16(-1), (__m512i)lanes, (__m512)load(p));
+#elif defined(__AVX2__)
+    return (Vec<float>)_mm256_permutevar8x32_ps((__m256)load(p), (__m256i)lanes);
+#else
+    return splat(*p);  // a run is as long as the smallest block
+#endif
+  }
+
+  VecInt block_of_lanes() const {
+    VecInt lanes;
+    for (int l = 0; l < kLanes; ++l) lanes[l] = 8 * l >> shift;
+    return lanes;
+  }
 };
 
-// sums[r] += row r of x . W over `count` elements of one block; the first is element i of W and k of the row.
-template <int kRows>
-inline void dot_run(const uint8_t* packed, const Table& table, int64_t i, int64_t k, int64_t count, Split<float> x,
-                    Vec<float> (&sums)[kRows][2], float (&rest)[kRows]) {
-  const int64_t stride = 2 * x.half;
-  const auto add_one = [&] {
-    const float w = table[nibble(packed, i)];
-    for (int r = 0; r < kRows; ++r) rest[r] += w * x.at(k)[r * stride];
-    ++i, ++k, --count;
-  };
-  if (i % 2 && count > 0) add_one();
-  const uint8_t* bytes = packed + i / 2;
-  const float *for_high = x.at(k), *for_low = x.at(k + 1);
-  for (; count >= 2 * kLanes; count -= 2 * kLanes, i += 2 * kLanes, k += 2 * kLanes) {
-    const VecInt q = widened(bytes);
-    const Vec<float> high = table(q >> 4), low = table(q);
-    for (int r = 0; r < kRows; ++r) {
-      sums[r][0] += high * load(for_high + r * stride);
-      sums[r][1] += low * load(for_low + r * stride);
-    }
-    bytes += kLanes, for_high += kLanes, for_low += kLanes;
-  }
-  while (count > 0) add_one();
-}
-
-// y[r, n] = row r of x . W[n].
-template <int kRows>
-void dot_row(const Nf4& w, int64_t n, int64_t width, int64_t height, Split<float> x, float* y) {
-  Vec<float> sums[kRows][2];
-  float rest[kRows];
-  for (int r = 0; r < kRows; ++r) sums[r][0] = sums[r][1] = splat(0.0f), rest[r] = 0;
-  const int64_t first = n * width;
-  int64_t block = first / w.block, left = (block + 1) * w.block - first;
-  for (int64_t k = 0; k < width; ++block, left = w.block) {
-    const int64_t count = left < width - k ? left : width - k;
-    dot_run(w.packed, Table(absmax_of(w, block)), first + k, k, count, x, sums, rest);
-    k += count;
-  }
-  for (int r = 0; r < kRows; ++r) y[r * height + n] = sum<float>(sums[r][0] + sums[r][1]) + rest[r];
-}
-
-// Whether every row of W begins a block and is made of whole vectors.
-inline bool aligned(const Nf4& w, int64_t width) { return width % w.block == 0 && w.block % (2 * kLanes) == 0; }
-
-// dot_row for n and n + 1 of an aligned W, in the same order: what is loaded of x serves both.
-template <int kRows>
-void dot_two(const Nf4& w, int64_t n, int64_t width, int64_t height, Split<float> x, float* y) {
-  Vec<float> sums[2][kRows][2];
-  for (int c = 0; c < 2; ++c)
-    for (int r = 0; r < kRows; ++r) sums[c][r][0] = sums[c][r][1] = splat(0.0f);
-  const int64_t stride = 2 * x.half, blocks = width / w.block;
-  const uint8_t* bytes = w.packed + n * width / 2;
-  const float *for_high = x.at(0), *for_low = x.at(1);
-  for (int64_t block = n * blocks; block < (n + 1) * blocks; ++block) {
-    const Table tables[2] = {Table(absmax_of(w, block)), Table(absmax_of(w, block + blocks))};
-    for (int64_t i = 0; i < w.block; i += 2 * kLanes) {
-      const VecInt q[2] = {widened(bytes), widened(bytes + width / 2)};
-      const Vec<float> high[2] = {tables[0](q[0] >> 4), tables[1](q[1] >> 4)};
-      const Vec<float> low[2] = {tables[0](q[0]), tables[1](q[1])};
-      for (int r = 0; r < kRows; ++r) {
-        const Vec<float> a = load(for_high + r * stride), b = load(for_low + r * stride);
-        for (int c = 0; c < 2; ++c) {
-          sums[c][r][0] += high[c] * a;
-          sums[c][r][1] += low[c] * b;
+// sums[c][r] += x[r] . W[c] over the runs [first, end), for kHeight rows of W and kRows rows of x. A run is summed
+// without its absmax, by which each lane is multiplied once.
+template <int kRows, int kHeight, bool kLast>
+void add_runs(const Piece& piece, int64_t first, int64_t end, Vec<float>* sums) {
+  const Table code(1.0f);
+  const VecInt lanes = piece.block_of_lanes();
+  const float* x = piece.x + first * kRun * kRows;
+  for (int64_t i = first; i < end; ++i) {
+    for (int c = 0; c < kHeight; ++c) __builtin_prefetch(piece.next + c * piece.stride + i * (kRun / 2));
+    Vec<float> run[kHeight][kRows];
+#pragma GCC unroll 4
+    for (int b = 0; b < 4; ++b) {
+      VecInt q[kHeight];
+      for (int c = 0; c < kHeight; ++c) q[c] = piece.bytes<kLast>(i, c, b);
+#pragma GCC unroll 2
+      for (int low = 0; low < 2; ++low) {
+        Vec<float> weight[kHeight];
+        for (int c = 0; c < kHeight; ++c) weight[c] = code(low ? q[c] : q[c] >> 4);
+        for (int r = 0; r < kRows; ++r, x += kLanes) {
+          const Vec<float> v = load(x);
+          for (int c = 0; c < kHeight; ++c) run[c][r] = b + low == 0 ? weight[c] * v : run[c][r] + weight[c] * v;
         }
       }
-      bytes += kLanes, for_high += kLanes, for_low += kLanes;
+    }
+    for (int c = 0; c < kHeight; ++c) {
+      const Vec<float> scale = piece.scale(i, c, lanes);
+      for (int r = 0; r < kRows; ++r) sums[c * kRows + r] += run[c][r] * scale;
     }
   }
-  for (int c = 0; c < 2; ++c)
-    for (int r = 0; r < kRows; ++r) y[r * height + n + c] = sum<float>(sums[c][r][0] + sums[c][r][1]);
 }
 
-constexpr int kGroup = kVectorBytes == 64 ? 4 : 2;  // rows of x whose sums with two rows of W fit in registers
-
+// add_runs for the elements [k, k + count) of the rows [first, end) of W.
 template <int kRows>
-void dot_group(const Nf4& w, int64_t n, bool two, int64_t width, int64_t height, Split<float>& x, int& rows,
-               float*& y) {
-  for (; rows >= kRows; rows -= kRows, x.data += 2 * x.half * kRows, y += height * kRows)
-    two ? dot_two<kRows>(w, n, width, height, x, y) : dot_row<kRows>(w, n, width, height, x, y);
-}
-
-// The rows n and, if `two`, n + 1 of W.
-void dot_rows(const Nf4& w, int64_t n, bool two, int64_t width, int64_t height, Split<float> x, int rows, float* y) {
-  dot_group<kGroup>(w, n, two, width, height, x, rows, y);
-  dot_group<2>(w, n, two, width, height, x, rows, y);
-  dot_group<1>(w, n, two, width, height, x, rows, y);
-}
-
-void dot_rows(const Nf4& w, int64_t n, bool, int64_t width, int64_t height, Split<double> x, int rows, double* y) {
-  for (int r = 0; r < rows; ++r) {
-    double total = 0;
-    for (int64_t k = 0; k < width; ++k) {
-      const int64_t i = n * width + k;
-      total += double(kCode[nibble(w.packed, i)]) * absmax_of(w, i / w.block) * x.at(k)[2 * x.half * r];
+void add_piece(const Nf4& w, int64_t first, int64_t end, int64_t k, int64_t count, int64_t width, int64_t height,
+               const float* x, Vec<float>* sums) {
+  constexpr int kHeight = kSums / kRows < 4 ? kSums / kRows : 4;
+  const int64_t runs = count / kRun, stride = width / 2, below = k + count == width ? end : first;
+  float absmax[kBand * kAbsmax];
+  const int shift = __builtin_ctzll(w.block);
+  for (int64_t n = first; n < end; ++n)
+    absmax_of(w, (n * width + k) >> shift, ((count - 1) >> shift) + 1, absmax + (n - first) * kAbsmax);
+  for (int64_t n = first, rows; n < end; n += rows, sums += rows * kRows) {
+    const uint8_t* packed = w.packed + n * stride + k / 2;
+    const uint8_t* next = w.packed + below * stride + (k + count) % width / 2;
+    if (n + kHeight < end) next = packed + kHeight * stride;
+    const Piece piece = {packed, next, stride, absmax + (n - first) * kAbsmax, shift, x + k * kRows};
+    if (n + kHeight <= end && n + kHeight < height) {
+      rows = kHeight;
+      add_runs<kRows, kHeight, false>(piece, 0, runs, sums);
+    } else {
+      rows = 1;
+      const int64_t safe = n + 1 == height && k + count == width ? runs - 1 : runs;
+      add_runs<kRows, 1, false>(piece, 0, safe, sums);
+      add_runs<kRows, 1, true>(piece, safe, runs, sums);
     }
-    y[r * height + n] = total;
+  }
+}
+
+// y[r, n] = x[r] . W[n] for kRows rows of x and the rows [first, end) of W, at most kBand.
+template <int kRows>
+void dot_band(const Nf4& w, int64_t first, int64_t end, int64_t width, int64_t height, const float* x, float* y) {
+  Vec<float> sums[kBand * kRows] = {};
+  for (int64_t k = 0; k < width; k += kPiece)
+    add_piece<kRows>(w, first, end, k, width - k < kPiece ? width - k : kPiece, width, height, x, sums);
+  for (int64_t n = first; n < end; n += kLanes)
+    for (int r = 0; r < kRows; ++r) {
+      Vec<float> parts[kLanes];
+      for (int i = 0; i < kLanes; ++i) parts[i] = sums[(n - first + i) * kRows + r];
+      turn<float>(parts);
+      for (int i = 1; i < kLanes; ++i) parts[0] += parts[i];
+      store_part(y + r * height + n, parts[0], end - n < kLanes ? end - n : kLanes);
+    }
+}
+
+void dot_rows(const Nf4& w, int64_t first, int64_t end, int64_t width, int64_t height, const float* x, int rows,
+              float* y) {
+  for (int r = 0, group; r < rows; r += group) {
+    group = group_of(rows - r);
+    const auto band = group == kGroup ? dot_band<kGroup> : group == 4 ? dot_band<4> : group == 2 ? dot_band<2> : dot_band<1>;
+    band(w, first, end, width, height, x + r * width, y + r * height);
+  }
+}
+
+void dot_runs(const Nf4& w, const float* x, float* turned, int rows, int64_t width, int64_t height, float* y) {
+#pragma omp parallel if (width * height > 32768)
+  {
+#pragma omp for schedule(static)
+    for (int64_t k = 0; k < width; k += kRun)
+      for (int r = 0, group; r < rows; r += group) {
+        group = group_of(rows - r);
+        turn_run(x + r * width + k, width, group, turned + r * width + k * group);
+      }
+#pragma omp for schedule(static)
+    for (int64_t n = 0; n < height; n += kBand)
+      dot_rows(w, n, n + kBand < height ? n + kBand : height, width, height, turned, rows, y);
+  }
+}
+
+constexpr int kSlice = 1024;  // elements of a row of W that are dequantised at a time
+
+template <class T>
+T dot(const T* a, const T* b, int64_t count) {
+  Vec<T> sums = {};
+  T rest = 0;
+  int64_t i = 0;
+  for (; i + Lanes<T>::n <= count; i += Lanes<T>::n) sums += load(a + i) * load(b + i);
+  for (; i < count; ++i) rest += a[i] * b[i];
+  return sum<T>(sums) + rest;
+}
+
+// y[:, n] = x . W[n], for any width and block.
+template <class T>
+void dot_row(const Nf4& w, int64_t n, int64_t width, int64_t height, const T* x, int rows, T* y) {
+  T slice[kSlice];
+  for (int r = 0; r < rows; ++r) y[r * height + n] = 0;
+  for (int64_t k = 0; k < width; k += kSlice) {
+    const int64_t start = n * width + k, count = width - k < kSlice ? width - k : kSlice;
+    for (int64_t i = start, next; i < start + count; i = next) {
+      next = (i / w.block + 1) * w.block;
+      next = next < start + count ? next : start + count;
+      dequantize_run(w.packed, absmax_of(w, i / w.block), i, next, slice + (i - start));
+    }
+    for (int r = 0; r < rows; ++r) y[r * height + n] += dot<T>(x + r * width + k, slice, count);
   }
 }
 
@@ -237,19 +336,16 @@ void nf4_dequantize(const Nf4& w, int64_t first, int64_t count, T* out) {
 }
 
 template <class T>
-void nf4_matvec(const Nf4& w, const T* x, int64_t half, int rows, int64_t width, int64_t height, T* y) {
-  const bool pairs = sizeof(T) == 4 && aligned(w, width);
-  const int64_t step = pairs ? 2 : 1;
+void nf4_matvec(const Nf4& w, const T* x, T* turned, int rows, int64_t width, int64_t height, T* y) {
+  if constexpr (sizeof(T) == 4)
+    if (has_runs(w, width)) return dot_runs(w, x, turned, rows, width, height, y);
 #pragma omp parallel for schedule(static) if (width * height > 32768)
-  for (int64_t n = 0; n < height; n += step) {
-    const bool two = pairs && n + 1 < height;
-    dot_rows(w, n, two, width, height, Split<T>{x, half}, rows, y);
-  }
+  for (int64_t n = 0; n < height; ++n) dot_row(w, n, width, height, x, rows, y);
 }
 
 #define INSTANTIATE(T)                                                     \
   template void nf4_dequantize<T>(const Nf4&, int64_t, int64_t, T*);       \
-  template void nf4_matvec<T>(const Nf4&, const T*, int64_t, int, int64_t, int64_t, T*);
+  template void nf4_matvec<T>(const Nf4&, const T*, T*, int, int64_t, int64_t, T*);
 INSTANTIATE(float)
 INSTANTIATE(double)
 

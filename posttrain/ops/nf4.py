@@ -125,12 +125,9 @@ def dequantize_rows(weight: Parts, rows: slice, out: Tensor, backend: str) -> No
 
 def matvec(x: Tensor, weight: Parts) -> Tensor:
     """`x W^T` for a few rows `[rows, K]`, float32 or float64."""
-    half = (weight.width + 1) // 2
-    parts = x.new_zeros(len(x), 2, half)  # the even elements of a row, then its odd ones
-    parts[:, 0] = x[:, ::2]
-    parts[:, 1, : weight.width // 2] = x[:, 1::2]
-    y = x.new_empty(len(x), weight.height)
-    address = parts.data_ptr(), half, len(x), weight.width, weight.height, y.data_ptr()
+    x = x.contiguous()
+    turned, y = torch.empty_like(x), x.new_empty(len(x), weight.height)
+    address = x.data_ptr(), turned.data_ptr(), len(x), weight.width, weight.height, y.data_ptr()
     _C.nf4_matvec(x.itemsize, _addresses(weight), *address)
     return y
 

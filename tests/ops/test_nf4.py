@@ -135,6 +135,21 @@ def test_product_agrees_with_the_reference(nested, shape, dtype) -> None:
 
 
 @pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("blocksize", [32, 64, 128, 4096])
+@statistics
+def test_product_with_rows_of_whole_blocks(nested, blocksize) -> None:
+    """The kernel for such rows takes 16 rows of W and 4096 elements of them at a time."""
+    for shape in [(1, 4096), (33, 4096), (18, 8192)] if blocksize == 4096 else [(1, 128), (19, 256), (34, 4096 + 128)]:
+        weight = quantize_nf4(matrix(*shape), blocksize=blocksize, nested=nested)
+        for rows in (1, 3, 16):
+            check(
+                partial(nf4_linear, weight=weight),
+                partial(reference.nf4_linear, weight=weight),
+                [matrix(rows, shape[1], 1)],
+            )
+
+
+@pytest.mark.usefixtures("poison")
 def test_products_of_many_slabs_and_of_other_shapes() -> None:
     weight = quantize_nf4(matrix(1030, 1025))
     truth = partial(reference.nf4_linear, weight=weight)
