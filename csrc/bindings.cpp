@@ -261,6 +261,49 @@ void paged_attention(int itemsize, view q, cache k, cache v, tables t, address s
   });
 }
 
+void linear(int itemsize, address x, int64_t rows, int64_t width, address weight, address bias, address y,
+            int64_t height) {
+  by_size(itemsize, [=](auto t) {
+    using T = decltype(t);
+    const posttrain::LinearTask<T> task = {at<T>(weight), at<T>(bias), at<T>(y), height, width, height, 1.0, false};
+    POSTTRAIN_CALL(linear<T>, at<T>(x), rows, &task, 1);
+  });
+}
+
+int64_t decoder_workspace(int itemsize, address decoder, int64_t tokens, int threads) {
+  const auto size = [=](auto t) {
+    using T = decltype(t);
+    posttrain::DecoderStep<T> step = {};
+    step.num_tokens = tokens, step.threads = threads;
+    return POSTTRAIN_CALL(decoder_workspace<T>, *at<posttrain::Decoder<T>>(decoder), step);
+  };
+  return itemsize == 8 ? size(double{}) : size(float{});
+}
+
+// Addresses of token ids, slots and rows; of the cosines and sines of two kinds of layers; tokens, rows, rotated width.
+using step_tokens = std::tuple<address, address, address>;
+using step_angles = std::tuple<address, address, address, address>;
+using step_sizes = std::tuple<int64_t, int64_t, int64_t>;
+
+void decode(int itemsize, address decoder, step_tokens i, step_angles a, step_sizes n, tables t, address logits,
+            address workspace, int threads) {
+  by_size(itemsize, [=](auto t_) {
+    using T = decltype(t_);
+    const auto [tokens, slots, rows] = i;
+    const auto [cos, sin, local_cos, local_sin] = a;
+    const auto [num_tokens, num_rows, rotated] = n;
+    const posttrain::Decoder<T>& d = *at<posttrain::Decoder<T>>(decoder);
+    const posttrain::PagedTables all = paged_tables(t);
+    const posttrain::PagedPlan work = posttrain::paged_plan(all, d.page_size, d.heads / d.key_heads);
+    const posttrain::DecoderStep<T> step = {
+        at<int64_t>(tokens), at<int64_t>(slots), at<int64_t>(rows), {at<T>(cos), at<T>(local_cos)},
+        {at<T>(sin), at<T>(local_sin)}, num_tokens, num_rows, rotated,
+        {all.block_table, all.stride, __builtin_ctzll(d.page_size)}, work.slices.data(), work.panels.data(),
+        int64_t(work.panels.size()), threads, at<T>(logits), at<T>(workspace)};
+    POSTTRAIN_CALL(decode<T>, d, step);
+  });
+}
+
 // Packed, absmax (or its 8-bit index), nested absmax, nested code and offset (0 without nested statistics); block,
 // nested block.
 using nf4 = std::tuple<address, address, address, address, address, int64_t, int64_t>;
@@ -325,4 +368,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("write_cache", &write_cache);
   m.def("paged_workspace", &paged_workspace);
   m.def("paged_attention", &paged_attention);
+  m.def("linear", &linear);
+  m.def("decoder_sizes", [] { return py::make_tuple(sizeof(posttrain::Decoder<float>), sizeof(posttrain::DecoderLayer<float>)); });
+  m.def("decoder_workspace", &decoder_workspace);
+  m.def("decode", &decode);
 }

@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "attention.h"
+#include "decoder.h"
 #include "nf4.h"
 
 namespace posttrain::POSTTRAIN_ISA {
@@ -90,5 +91,15 @@ void nf4_dequantize(const Nf4& w, int64_t first, int64_t count, T* out);
 // y [rows, height] = x W^T for W [height, width] and x [rows, width]; `turned` is a workspace of the size of x.
 template <class T>
 void nf4_matvec(const Nf4& w, const T* x, T* turned, int rows, int64_t width, int64_t height, T* y);
+
+// Several layers with the same x [rows, width]. Every output has the same bits whatever rows are beside it.
+template <class T>
+void linear(const T* x, int64_t rows, const LinearTask<T>* tasks, int count);
+
+// Elements of workspace that a step needs; and the step.
+template <class T>
+int64_t decoder_workspace(const Decoder<T>& decoder, const DecoderStep<T>& step);
+template <class T>
+void decode(const Decoder<T>& decoder, const DecoderStep<T>& step);
 
 }  // namespace posttrain::POSTTRAIN_ISA

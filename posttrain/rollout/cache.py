@@ -13,10 +13,14 @@ from posttrain.rollout.scheduler import Chunk
 
 
 class LayerShape(NamedTuple):
-    """Key heads of a layer, and their width."""
+    """Key heads of a layer and their width, and what its attention is."""
 
     heads: int
     width: int
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+    sinks: bool = False
 
 
 @dataclass
@@ -37,7 +41,7 @@ class StepLayout:
 
 
 class KVCache:
-    """`keys[i]` and `values[i]` of layer i are `[pages, page_size, heads, width]`, or there are none after `release`."""
+    """`keys[i]` and `values[i]` of layer i are `[pages, page_size, heads, width]`; after `release` there are none."""
 
     def __init__(
         self, shapes: list[LayerShape], num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device
@@ -46,7 +50,7 @@ class KVCache:
         self.page_size = page_size
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
-        self._shapes = shapes
+        self.shapes = shapes
         self._options: Any = {"dtype": dtype, "device": device}
 
     @property
@@ -55,14 +59,19 @@ class KVCache:
         return self._options["device"]
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of all pages."""
+        return self._options["dtype"]
+
+    @property
     def num_bytes(self) -> int:
         """Of all pages."""
-        return self.num_pages * page_bytes(self._shapes, self.page_size, self._options["dtype"])
+        return self.num_pages * page_bytes(self.shapes, self.page_size, self._options["dtype"])
 
     def allocate(self) -> None:
         """Have memory. On a CPU the system hands it out page by page, as it is first written."""
         if not self.keys:
-            for heads, width in self._shapes:
+            for heads, width, *_ in self.shapes:
                 for caches in (self.keys, self.values):
                     caches.append(torch.empty(self.num_pages, self.page_size, heads, width, **self._options))
 
@@ -80,11 +89,11 @@ class KVCache:
 
 def page_bytes(shapes: list[LayerShape], page_size: int, dtype: torch.dtype) -> int:
     """Bytes of a page over all layers."""
-    return page_size * dtype.itemsize * sum(2 * heads * width for heads, width in shapes)
+    return page_size * dtype.itemsize * sum(2 * shape.heads * shape.width for shape in shapes)
 
 
-def lay_out(chunks: list[Chunk], page_size: int, device: torch.device) -> tuple[Tensor, Tensor, StepLayout]:
-    """(token ids int64 `[T]`, positions int64 `[T]`, layout) of a step."""
+def lay_out(chunks: list[Chunk], page_size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, StepLayout]:
+    """(token ids int64 `[T]`, positions int64 `[T]`, rows int64 `[n]` after which a token is drawn, layout) of a step."""
     table = np.zeros((len(chunks), max(len(chunk.sequence.pages) for chunk in chunks)), np.int32)
     for row, chunk in zip(table, chunks, strict=True):
         row[: len(chunk.sequence.pages)] = chunk.sequence.pages
@@ -101,7 +110,9 @@ def lay_out(chunks: list[Chunk], page_size: int, device: torch.device) -> tuple[
         torch.from_numpy(ends.astype(np.int32)).to(device),
         None if len(owner) == len(chunks) else torch.from_numpy(counts.astype(np.int32)).to(device),
     )
-    return torch.from_numpy(tokens).to(device), torch.from_numpy(positions).to(device), layout
+    rows = (np.cumsum(counts) - 1)[[chunk.draws for chunk in chunks]]
+    tokens_, positions_, rows_ = (torch.from_numpy(x).to(device) for x in (tokens, positions, rows))
+    return tokens_, positions_, rows_, layout
 
 
 def free_memory(device: torch.device) -> int:

@@ -138,9 +138,8 @@ class Engine:
                 yield from self._nothing(first)
             else:
                 scheduler.waiting.append(first)
-        if self._cache is not None:
-            self._cache.allocate()
         try:
+            self._runner.begin()
             while scheduler.waiting or scheduler.running:
                 yield from self._step(scheduler)
         finally:

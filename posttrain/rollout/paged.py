@@ -14,6 +14,7 @@ from posttrain.models import head
 from posttrain.models.causal_lm import causal_lm, decoder
 from posttrain.ops import paged_attention, write_cache
 from posttrain.rollout.cache import KVCache, LayerShape, StepLayout, lay_out
+from posttrain.rollout.decoder import CompiledDecoder, Unusual
 from posttrain.rollout.scheduler import Step
 from posttrain.rollout.sequence import Sequence
 
@@ -21,23 +22,36 @@ NAME = "posttrain_paged"
 
 
 class PagedRunner:
-    """Logits of a step, for a model that `prepare` gave our attention."""
+    """Logits of a step, for a model that `prepare` gave our attention.
+
+    Attributes:
+        obstacle: why the model runs through its modules and not in C++, or None.
+    """
 
     shares = True
 
     def __init__(self, model: nn.Module, cache: KVCache) -> None:
+        self.obstacle: str | None = None
         self._model = model
         self._cache = cache
+        self._compiled: CompiledDecoder | None = None
+
+    def begin(self) -> None:
+        """Have memory, and see what the model is now."""
+        self._cache.allocate()
+        try:
+            self._compiled, self.obstacle = CompiledDecoder(self._model, self._cache), None
+        except Unusual as problem:
+            self._compiled, self.obstacle = None, str(problem)
 
     def run(self, step: Step) -> Tensor:
         """Logits `[n, V]` behind the n chunks after which a token is drawn."""
         self._cache.copy_pages(step.copies)
-        tokens, positions, layout = lay_out(step.chunks, self._cache.page_size, self._cache.device)
-        ends = torch.tensor([chunk.end - chunk.start for chunk in step.chunks]).cumsum(0) - 1
-        drawing = ends[torch.tensor([chunk.draws for chunk in step.chunks])].to(tokens.device)
-        causal = causal_lm(self._model)
-        hidden = _forward(causal, tokens, positions, cache=self._cache, step=layout)
-        return head(self._model).logits(hidden[drawing])
+        tokens, positions, rows, layout = lay_out(step.chunks, self._cache.page_size, self._cache.device)
+        if self._compiled is not None:
+            return self._compiled(tokens, positions, rows, layout)
+        hidden = _forward(causal_lm(self._model), tokens, positions, cache=self._cache, step=layout)
+        return head(self._model).logits(hidden[rows])
 
     def split(self, sequence: Sequence, twins: list[Sequence]) -> None:
         """Nothing: `twins` have the pages of `sequence`."""
@@ -47,7 +61,7 @@ class PagedRunner:
 
 
 def layer_shapes(model: nn.Module) -> list[LayerShape]:
-    """What the layers of `model` keep for a token, found by running it on one."""
+    """What the layers of `model` keep for a token and how they attend, found by running it on one token."""
     causal = causal_lm(model)
     shapes: dict[int, LayerShape] = {}
     token = torch.zeros(1, dtype=torch.int64, device=causal.get_input_embeddings().weight.device)
@@ -73,11 +87,13 @@ def attend(
 ) -> tuple[Tensor, None]:
     """Attention of query `[1, Hq, T, D]` over the cache, once key and value `[1, Hkv, T, D]` are in it.
 
-    With `shapes` it only notes the shape of its layer.
+    With `shapes` it only notes what its layer is.
     """
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     if shapes is not None:
-        shapes[module.layer_idx] = LayerShape(*k.shape[1:])
+        scale = k.shape[2] ** -0.5 if scaling is None else scaling
+        window = None if sliding_window is None else int(sliding_window)
+        shapes[module.layer_idx] = LayerShape(*k.shape[1:], scale, window, softcap, s_aux is not None)
         return q[None], None
     assert cache is not None and step is not None
     keys, values = cache.keys[module.layer_idx], cache.values[module.layer_idx]

@@ -23,6 +23,9 @@ class PlainRunner:
         self._model = model
         self._caches: dict[Sequence, Any] = {}
 
+    def begin(self) -> None:
+        """Nothing: a call of the model reads its weights."""
+
     def run(self, step: Step) -> Tensor:
         """Logits `[n, V]` behind the n chunks after which a token is drawn."""
         causal = causal_lm(self._model)

@@ -132,7 +132,7 @@ class Scheduler:
             pages.append(self._pool.take())
 
     def _append(self, sequence: Sequence, end: int, step: Step) -> None:
-        """Put the tokens up to `end` into the step; full pages of it are filed, since all is written before it is read."""
+        """Put the tokens up to `end` into the step. Full pages are filed now: a step writes all before it reads."""
         step.chunks.append(Chunk(sequence, sequence.computed, end))
         if self._share and end - sequence.computed > 1:  # a prompt: others may have the same
             digests = page_digests(sequence.tokens, self._pool.page_size, sequence.digests)

@@ -1,0 +1,64 @@
+// A whole decoder as plain data, for generation: its weights where they lie, and the tokens of a step. Every field has
+// eight bytes, since posttrain/rollout/decoder.py fills these structures in from Python.
+#pragma once
+
+#include <cstdint>
+
+#include "attention.h"
+
+namespace posttrain {
+
+// One linear layer: y [rows, height] (row stride y_stride) = factor x W^T + bias, W [height, width]; bias may be null.
+// With `add` it is added to what is in y instead of the bias.
+template <class T>
+struct LinearTask {
+  const T *weight, *bias;
+  T* y;
+  int64_t height, width, y_stride;
+  double factor;
+  bool add;
+};
+
+// W x + bias + scaling B (A x); without bias or adapter, they are null.
+template <class T>
+struct AdaptedLinear {
+  const T *weight, *bias, *lora_a, *lora_b;
+  int64_t height, width, rank;
+  double scaling;
+};
+
+// Norms are null where a family has none. Those of queries and keys are over each head, or over all heads together.
+// `rope` says which of the step's angles the layer uses.
+template <class T>
+struct DecoderLayer {
+  const T *before_attention, *after_attention, *before_mlp, *after_mlp;
+  const T *q_norm, *k_norm;
+  AdaptedLinear<T> q, k, v, o, gate, up, down;
+  T *keys, *values;
+  int64_t window, rope, norm_each_head;
+};
+
+template <class T>
+struct Decoder {
+  const T* embeddings;
+  const T* norm;
+  const DecoderLayer<T>* layers;
+  AdaptedLinear<T> head;
+  int64_t num_layers, hidden, heads, key_heads, width, intermediate, activation, page_size, most_rank;
+  double embedding_scale, eps, scale, softcap;
+};
+
+// Tokens and where they go. Angles are [tokens, rotated]; logits [num_rows, vocabulary] are those of `rows`.
+template <class T>
+struct DecoderStep {
+  const int64_t *tokens, *slots, *rows;
+  const T *cos[2], *sin[2];
+  int64_t num_tokens, num_rows, rotated;
+  BlockTable table;
+  const QuerySlice* slices;
+  const SlicePanel* panels;
+  int64_t num_panels, threads;
+  T *logits, *workspace;
+};
+
+}  // namespace posttrain
