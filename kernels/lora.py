@@ -15,6 +15,7 @@ library's: the product of rank R first, then the large one adding to it. FUSED s
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from functools import lru_cache
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -48,7 +49,6 @@ BLOCKS = {
     100: Blocks(128, 128, 64, 8, 3),
     120: Blocks(128, 128, 32, 8, 3),
 }
-FLOAT_BLOCKS = Blocks(64, 64, 32, 8, 2)
 INTERPRETER_BLOCKS = Blocks(32, 32, 32, 4, 1)
 SPLIT_ROWS, PROGRAMS = 512, 512  # of the gradients of A and B: at least, of a split; about, in all
 
@@ -112,7 +112,7 @@ def _low_rank(
     if out.numel() == 0:
         return
     x = _readable(x)
-    ranks, block = len(factor), _rank_block(len(factor))
+    ranks, block = len(factor), _rank_block(len(factor), factor.dtype)
     keys = tuple((tuple(s / (1 - options.dropout) for s in layer.scaling), layer.rank) for layer in layers)
     scale, owner = _columns(keys, x.device)
     adapter = None if options.adapter is None else options.adapter.contiguous()
@@ -128,7 +128,7 @@ def _outer(low: Tensor, x: Tensor, dropped: Tensor | None) -> Tensor:
     """low^T x̃ `[ranks, K]`, float32, without the factor 1 / (1 - p), which low has."""
     x = _readable(x)
     (rows, width), ranks = x.shape, low.shape[1]
-    block = _rank_block(ranks)
+    block = _rank_block(ranks, low.dtype)
     tiles = triton.cdiv(width, kernels.OUTER["BLOCK_K"]), triton.cdiv(ranks, block)
     splits = max(1, min(triton.cdiv(rows, SPLIT_ROWS), PROGRAMS // max(1, tiles[0] * tiles[1])))
     total = x.new_empty(splits, ranks, width, dtype=torch.float32)
@@ -192,11 +192,11 @@ def _arguments(
         "factor_depth": 0 if factor is None else factor.stride(1),
         "out_stride": out.stride(0),
         "ADD": add,
-        "EVEN_K": x.shape[1] % b.depth == 0,
+        "EVEN": x.shape[1] % b.depth == 0 and len(weight) % b.columns == 0,
         "BLOCK_M": b.rows,
         "BLOCK_N": b.columns,
         "BLOCK_K": b.depth,
-        "BLOCK_R": min(32, _rank_block(ranks)),
+        "BLOCK_R": _rank_block(ranks, torch.float32),
         "num_warps": b.warps,
         "num_stages": b.stages,
     }
@@ -209,8 +209,8 @@ def _dense(layer: Layer, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     return nf4.slabs(layer.nf4, dtype, "triton")
 
 
-def _rank_block(ranks: int) -> int:
-    return max(16, min(64, triton.next_power_of_2(ranks)))
+def _rank_block(ranks: int, dtype: torch.dtype) -> int:
+    return max(16, min(32 if dtype == torch.float32 else 64, triton.next_power_of_2(ranks)))
 
 
 def _mixed(x: Tensor, other: Tensor) -> bool:
@@ -229,10 +229,8 @@ def _columns(layers: tuple[tuple[tuple[float, ...], int], ...], device: torch.de
 
 
 def _blocks(x: Tensor) -> Blocks:
-    """Tile sizes: they depend on the device and the dtype, never on the number of rows."""
-    if not x.is_cuda:
-        return INTERPRETER_BLOCKS
-    return FLOAT_BLOCKS if x.dtype == torch.float32 else BLOCKS[_newest(BLOCKS, x)]
+    """Tile sizes: they depend on the device, never on the number of rows."""
+    return BLOCKS[_newest(BLOCKS, x)] if x.is_cuda else INTERPRETER_BLOCKS
 
 
 def _newest(table: dict[int, Any], x: Tensor) -> int:
@@ -252,3 +250,61 @@ def _bytes(dropped: Tensor | None) -> Tensor | None:
 
 def _on(x: Tensor):
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def ahead_of_time() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
+    """The kernels with their production block sizes, for tests/kernels/aot.py."""
+    half, index = (torch.empty(4096, 4096, dtype=dtype, device="meta") for dtype in (torch.bfloat16, torch.int64))
+    ragged = half[:4080, :4080]
+    shapes = {"y": (half, half, 16), "dx": (half, half.T, 64), "ragged dx": (ragged, ragged.T, 16)}
+    for capability, name in [*product((80, 89, 90, 100, 120), ("y", "dx")), (80, "ragged dx"), (90, "ragged dx")]:
+        b = BLOCKS[max(known for known in BLOCKS if known <= capability)]
+        x, weight, rank = shapes[name]
+        bias = half[0] if name == "y" else None
+        arguments = _arguments(x, weight, half[:, :rank], weight[:, :rank], bias, half, bias is None, b)
+        yield _entry(kernels.extended_kernel, name, arguments, capability=capability)
+    mixed, same, single = (half, torch.float32, 64), (half, torch.bfloat16, 64), (half.float(), torch.float32, 64)
+    cases = [*product((80, 90), (mixed, same, single)), (100, mixed), (120, mixed)]
+    for capability, (x, dtype, rank) in cases:
+        low = torch.empty(4096, rank, dtype=dtype, device="meta")
+        arguments = {
+            "x_ptr": x,
+            "dropped_ptr": half.to(torch.uint8),
+            "factor_ptr": low,
+            "low_ptr": low,
+            "scale_ptr": low.float(),
+            "owner_ptr": index,
+            "adapter_ptr": index,
+            "out_ptr": low,
+            "T": 1,
+            "split_rows": SPLIT_ROWS,
+            "factor_depth": 1,
+            "BLOCK_R": _rank_block(rank, dtype),
+            "HALF": _mixed(x, low),
+        }
+        arguments |= dict.fromkeys(("K", "R", "x_stride", "low_stride", "factor_stride", "out_stride"), 64)
+        for kernel, sizes in ((kernels.low_rank_kernel, kernels.LOW_RANK), (kernels.outer_kernel, kernels.OUTER)):
+            given = {name: value for name, value in (arguments | sizes).items() if name in kernel.arg_names}
+            yield _entry(kernel, f"{x.dtype} {dtype}", given, capability=capability)
+
+
+def _entry(
+    kernel, name: str, arguments: dict[str, Any], **options: int
+) -> tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]:
+    """One entry, for a launch with these arguments."""
+    options |= {name: arguments.pop(name) for name in ("num_warps", "num_stages") if name in arguments}
+    scalars = ("T", "M", "N", "K", "R")
+    fixed = [name for name, x in arguments.items() if x is None or (name.isupper() and name not in scalars)]
+    constants = {name: arguments.pop(name) for name in fixed}
+    constants |= {name: x for name, x in arguments.items() if name.endswith(("stride", "depth")) and x == 1}
+    signature = {name: _type(x) for name, x in arguments.items() if name not in constants}
+    return f"{kernel.__name__} {name}", kernel, signature, constants, options
+
+
+def _type(value: Tensor | int) -> str:
+    if isinstance(value, Tensor):
+        return f"{_POINTERS[value.dtype]}:16"
+    return "i32" if value % 16 else "i32:16"
+
+
+_POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int64: "*i64", torch.uint8: "*u8"}

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 LOW_RANK = {"BLOCK_T": 32, "BLOCK_K": 64}
-OUTER = {"BLOCK_T": 64, "BLOCK_K": 64}
+OUTER = {"BLOCK_T": 32, "BLOCK_K": 64}
 
 _GROUP = tl.constexpr(8)  # blocks of rows that share the columns' weights while those are in L2
 
@@ -138,7 +138,7 @@ def extended_kernel(
     factor_depth,
     out_stride,
     ADD: tl.constexpr,
-    EVEN_K: tl.constexpr,
+    EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -147,9 +147,10 @@ def extended_kernel(
     """out = low factor^T + bias + x weight^T, and `ADD` to what out was: one sum in float32, rounded once."""
     row_block, column_block = _place(tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N))
     first_row, first_column = row_block * BLOCK_M, column_block * BLOCK_N
-    m, n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
-    inside = (first_row + m < M)[:, None] & (first_column + n < N)[None, :]
-    row, column = tl.minimum(m, M - 1 - first_row), tl.minimum(n, N - 1 - first_column)
+    m, n, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    n_inside = n < N - first_column
+    inside = (m < M - first_row)[:, None] & n_inside[None, :]
+    row = tl.minimum(m, M - 1 - first_row)
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if low_ptr is not None:
         low_tile = low_ptr + tl.cast(first_row, tl.int64) * low_stride
@@ -157,27 +158,27 @@ def extended_kernel(
         for start in range(0, R, BLOCK_R):
             r = start + tl.arange(0, BLOCK_R)
             low = tl.load(low_tile + row[:, None] * low_stride + r[None, :], mask=(r < R)[None, :], other=0.0)
-            factor_place = column[None, :] * factor_stride + r[:, None].to(tl.int64) * factor_depth
-            factor = tl.load(factor_tile + factor_place, mask=(r < R)[:, None], other=0.0)
+            factor_place = n[None, :] * factor_stride + r[:, None].to(tl.int64) * factor_depth
+            factor = tl.load(factor_tile + factor_place, mask=(r < R)[:, None] & n_inside[None, :], other=0.0)
             total = tl.dot(low, factor, total, input_precision="ieee")
+    x_tile = x_ptr + tl.cast(first_row, tl.int64) * x_stride
+    weight_tile = weight_ptr + tl.cast(first_column, tl.int64) * weight_stride
+    x_offset = row[:, None] * x_stride + k[None, :]
+    weight_offset = n[None, :] * weight_stride + k[:, None] * weight_depth
+    for start in range(0, K, BLOCK_K):
+        weight_step = weight_tile + tl.cast(start, tl.int64) * weight_depth
+        if EVEN:
+            x = tl.load(x_tile + start + x_offset)
+            weight = tl.load(weight_step + weight_offset)
+        else:
+            k_inside = k < K - start
+            x = tl.load(x_tile + start + x_offset, mask=k_inside[None, :], other=0.0)
+            weight = tl.load(weight_step + weight_offset, mask=k_inside[:, None] & n_inside[None, :], other=0.0)
+        total = tl.dot(x, weight, total, input_precision="ieee")
     if bias_ptr is not None:
-        total += tl.load(bias_ptr + first_column + column).to(tl.float32)[None, :]
+        total += tl.load(bias_ptr + first_column + n, mask=n_inside, other=0.0).to(tl.float32)[None, :]
     out_place = out_ptr + tl.cast(first_row, tl.int64) * out_stride + first_column
     out_place = out_place + m[:, None] * out_stride + n[None, :]
     if ADD:
         total += tl.load(out_place, mask=inside, other=0.0).to(tl.float32)
-    k = tl.arange(0, BLOCK_K)
-    x_tile = x_ptr + tl.cast(first_row, tl.int64) * x_stride
-    weight_tile = weight_ptr + tl.cast(first_column, tl.int64) * weight_stride
-    x_offset = row[:, None] * x_stride + k[None, :]
-    weight_offset = column[None, :] * weight_stride + k[:, None] * weight_depth
-    for start in range(0, K, BLOCK_K):
-        weight_step = weight_tile + tl.cast(start, tl.int64) * weight_depth
-        if EVEN_K:
-            x = tl.load(x_tile + start + x_offset)
-            weight = tl.load(weight_step + weight_offset)
-        else:
-            x = tl.load(x_tile + start + x_offset, mask=k[None, :] < K - start, other=0.0)
-            weight = tl.load(weight_step + weight_offset, mask=k[:, None] < K - start, other=0.0)
-        total = tl.dot(x, weight, total, input_precision="ieee")
     tl.store(out_place, total.to(out_ptr.dtype.element_ty), mask=inside)

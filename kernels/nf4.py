@@ -187,22 +187,21 @@ def _on(x: Tensor):
 
 def ahead_of_time() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
     """The kernels with their production block sizes, for tests/kernels/aot.py."""
-    half = {"ODD": 0, "ALIGNED": True} | MATVEC
-    for nested in (False, True):
-        whole = {"WHOLE": nested, "BLOCKS": _blocks_together(64), "num_warps": DEQUANTIZE_WARPS}
-        yield _compiled(dequantize_kernel, nested, whole)
-    yield _compiled(matvec_kernel, False, half | {"ROWS": 1})
-    yield _compiled(matvec_kernel, True, half | {"ROWS": ROWS[-1]})
-    yield _compiled(matvec_kernel, True, half | {"ROWS": ODD_ROWS, "ODD": 1, "ALIGNED": False})
+    aligned, whole = {"ODD": 0, "ALIGNED": True}, {"BLOCKS": _blocks_together(64), "num_warps": DEQUANTIZE_WARPS}
+    yield _compiled(dequantize_kernel, True, whole | {"WHOLE": True})
+    yield _compiled(dequantize_kernel, False, whole | {"WHOLE": False}, capability=80)
+    yield _compiled(matvec_kernel, True, MATVEC | aligned | {"ROWS": ROWS[-1]})
+    yield _compiled(matvec_kernel, False, MATVEC | aligned | {"ROWS": 1}, capability=90)
+    yield _compiled(matvec_kernel, True, MATVEC | {"ROWS": ODD_ROWS, "ODD": 1, "ALIGNED": False}, capability=120)
 
 
 def _compiled(
-    kernel, nested: bool, constants: dict[str, Any]
+    kernel, nested: bool, constants: dict[str, Any], **options: int
 ) -> tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]:
     """One entry; bfloat16 in and out."""
     constants = {**constants, "BLOCK": 64, "NESTED_BLOCK": 256}
     constants |= {} if nested else dict.fromkeys(("nested_absmax_ptr", "nested_code_ptr", "offset_ptr"))
-    options = {"num_warps": constants.pop("num_warps"), "enable_fp_fusion": False}
+    options |= {"num_warps": constants.pop("num_warps"), "enable_fp_fusion": False}
     types = dict.fromkeys(("x_ptr", "base_ptr", "y_ptr", "out_ptr"), "*bf16:16")
     types |= {"packed_ptr": "*u8:16", "absmax_ptr": "*u8:16" if nested else "*fp32:16", "rows": "i32"}
     types |= dict.fromkeys(("nested_absmax_ptr", "nested_code_ptr", "offset_ptr", "code_ptr"), "*fp32:16")
