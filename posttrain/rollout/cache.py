@@ -7,9 +7,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from posttrain.rollout.scheduler import Chunk
+from posttrain.rollout.sequence import Sequence
 
 
 class LayerShape(NamedTuple):
@@ -93,10 +95,8 @@ def page_bytes(shapes: list[LayerShape], page_size: int, dtype: torch.dtype) -> 
 
 
 def lay_out(chunks: list[Chunk], page_size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, StepLayout]:
-    """(token ids int64 `[T]`, positions int64 `[T]`, rows int64 `[n]` after which a token is drawn, layout) of a step."""
-    table = np.zeros((len(chunks), max(len(chunk.sequence.pages) for chunk in chunks)), np.int32)
-    for row, chunk in zip(table, chunks, strict=True):
-        row[: len(chunk.sequence.pages)] = chunk.sequence.pages
+    """(token ids `[T]`, positions `[T]`, rows `[n]` after which a token is drawn, all int64, layout) of a step."""
+    table = pages_of([chunk.sequence for chunk in chunks])
     starts = np.array([chunk.start for chunk in chunks])
     ends = np.array([chunk.end for chunk in chunks])
     counts = ends - starts
@@ -113,6 +113,14 @@ def lay_out(chunks: list[Chunk], page_size: int, device: torch.device) -> tuple[
     rows = (np.cumsum(counts) - 1)[[chunk.draws for chunk in chunks]]
     tokens_, positions_, rows_ = (torch.from_numpy(x).to(device) for x in (tokens, positions, rows))
     return tokens_, positions_, rows_, layout
+
+
+def pages_of(sequences: list[Sequence]) -> NDArray[np.int32]:
+    """The block table `[S, max_pages]`."""
+    table = np.zeros((len(sequences), max(len(sequence.pages) for sequence in sequences)), np.int32)
+    for row, sequence in zip(table, sequences, strict=True):
+        row[: len(sequence.pages)] = sequence.pages
+    return table
 
 
 def free_memory(device: torch.device) -> int:

@@ -55,7 +55,8 @@ class CompiledDecoder:
         causal = causal_lm(model)
         body = decoder(causal)
         self._kept: list[Any] = []
-        self._rotary = body.rotary_emb if _family(causal) else None
+        _check_family(causal)
+        self._rotary: Any = body.rotary_emb
         self._dtype, self._device = cache.dtype, cache.device
         if self._dtype not in (torch.float32, torch.float64) or self._device.type != "cpu":
             raise Unusual(f"its weights are {self._dtype} on {self._device}")
@@ -142,14 +143,15 @@ class CompiledDecoder:
         row["rope"] = len(self._kinds) > 1 and self._kinds.index((attention.layer_type,))
 
     def _linears(self, attention: Any, mlp: Any, shape: LayerShape) -> Iterable[Adapted | str]:
-        if isinstance(mlp, MergedGatedMLP):
+        merged_mlp = isinstance(mlp, MergedGatedMLP)
+        if merged_mlp:
             merged = absorbed(attention.qkv_proj)
             inner = shape.heads * shape.width
-            yield from _rows(merged, [merged_height(merged) - 2 * inner, inner, inner])
+            yield from _rows(merged, [attention.config.num_attention_heads * shape.width, inner, inner])
         else:
             yield from (absorbed(part) for part in (attention.q_proj, attention.k_proj, attention.v_proj))
         yield absorbed(attention.o_proj)
-        if isinstance(mlp, MergedGatedMLP):
+        if merged_mlp:
             yield from halves(absorbed(mlp.gate_up_proj))
         else:
             yield from (absorbed(mlp.gate_proj), absorbed(mlp.up_proj))
@@ -165,7 +167,8 @@ class CompiledDecoder:
         if body.config.model_type.startswith("gemma") != scaled:
             raise Unusual("its embeddings are scaled in a way of their own")
         weight, bias, _, _, lora = self.head
-        self._linear(record["head"], Adapted(LoraLayer(weight, *(lora or (None, None, 1.0)), bias)))
+        lora_a, lora_b, scaling = lora or (None, None, 1.0)
+        self._linear(record["head"], Adapted(LoraLayer(weight, lora_a, lora_b, scaling, bias)))
         mlp = body.layers[0].mlp
         values = {
             "embeddings": self._address(embeddings.weight),
@@ -215,12 +218,10 @@ class CompiledDecoder:
         return tensor.data_ptr()
 
 
-def _family(causal: Any) -> str | None:
+def _check_family(causal: Any) -> None:
     home = type(causal).__module__
-    name = next((name for name in FAMILIES if home == f"transformers.models.{name}.modeling_{name}"), None)
-    if name is None:
+    if not any(home == f"transformers.models.{name}.modeling_{name}" for name in FAMILIES):
         raise Unusual(f"{type(causal).__name__} is not one of {', '.join(FAMILIES)}")
-    return name
 
 
 def _rope_kinds(rotary: Any) -> list[tuple[str, ...]]:
@@ -237,17 +238,12 @@ def _odd_hooks(embeddings: Any) -> bool:
     return bool(own or embeddings._forward_pre_hooks or "forward" in embeddings.__dict__)
 
 
-def merged_height(part: Adapted | str) -> int:
-    """Outputs of a layer, or 0 if it can't be read."""
-    return 0 if isinstance(part, str) else part.layer.weight.shape[0]
-
-
 def _rows(part: Adapted | str, heights: list[int]) -> list[Adapted | str]:
     """A layer in parts of its outputs."""
     if isinstance(part, str) or not isinstance(part.layer.weight, Tensor):
         return [part] * len(heights)
-    weight, lora_a, lora_b, scaling, bias = part.layer
-    below = [None] * len(heights) if lora_b is None else lora_b.split(heights)
-    biases = [None] * len(heights) if bias is None else bias.split(heights)
-    rows = zip(weight.split(heights), below, biases, strict=True)
-    return [part._replace(layer=LoraLayer(w, lora_a, b, scaling, c)) for w, b, c in rows]
+    layer, weights = part.layer, part.layer.weight.split(heights)
+    below = [None] * len(heights) if layer.lora_b is None else layer.lora_b.split(heights)
+    biases = [None] * len(heights) if layer.bias is None else layer.bias.split(heights)
+    rows = zip(weights, below, biases, strict=True)
+    return [part._replace(layer=layer._replace(weight=w, lora_b=b, bias=c)) for w, b, c in rows]

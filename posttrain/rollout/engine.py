@@ -1,30 +1,35 @@
 """The engine: generation with the modules that are being trained."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from posttrain.models.causal_lm import causal_lm
-from posttrain.ops import sample
 from posttrain.rollout.cache import KVCache, free_memory, page_bytes
+from posttrain.rollout.generation import Generation
 from posttrain.rollout.paged import PagedRunner, layer_shapes
 from posttrain.rollout.pages import PagePool
-from posttrain.rollout.params import Completion, SamplingParams
+from posttrain.rollout.params import Completion, Piece, SamplingParams
 from posttrain.rollout.plain import PlainRunner
-from posttrain.rollout.prompts import encode_all
+from posttrain.rollout.prompts import encode, encode_all
 from posttrain.rollout.scheduler import Scheduler
-from posttrain.rollout.sequence import Sequence as Sample
+from posttrain.rollout.scoring import score
+from posttrain.rollout.sequence import Sequence as Branch
 from posttrain.rollout.sequence import sample_seed
-from posttrain.rollout.text import TextStream, decode
+from posttrain.rollout.stats import Stats
+from posttrain.rollout.text import decode
 
 OnFinish = Callable[[int, list[Completion]], None]
+Params = SamplingParams | Sequence[SamplingParams]
 
 
 class Engine:
     """Generates with `model` as it is: its weights, its adapters, its device, nothing copied.
+
+    Use it as a context, or call `release`, to give the memory for keys and values back.
 
     Args:
         model: a causal LM of transformers, or one wrapped by PEFT; prepared ones are fast.
@@ -34,6 +39,14 @@ class Engine:
         max_sequences: most sequences in a step.
         max_tokens_per_step: most tokens in a step; prompts are read in pieces that fit.
         context_length: most tokens of a sequence; by default the model's `max_position_embeddings`.
+        keep_prefixes: whether later calls find what earlier ones computed. Only for weights that don't change.
+
+    Attributes:
+        stats: what the last call did, in numbers.
+        finished: of the last call of `generate`, the completions of each prompt that is done, also after an error.
+
+    Raises:
+        ValueError: numbers that make no sense.
     """
 
     def __init__(
@@ -46,31 +59,42 @@ class Engine:
         max_sequences: int = 256,
         max_tokens_per_step: int = 2048,
         context_length: int | None = None,
+        keep_prefixes: bool = False,
     ) -> None:
+        _check(memory, page_size, max_sequences, max_tokens_per_step, context_length)
         causal = causal_lm(model)
         config = causal.config.get_text_config()
         self.model = model
         self.tokenizer = tokenizer
         self.context_length = context_length or getattr(config, "max_position_embeddings", None)
+        self.stats = Stats()
+        self.finished: dict[int, list[Completion]] = {}
         self._page_size = page_size
         self._max_sequences = max_sequences
         self._max_tokens = max_tokens_per_step
-        self._eos = _eos_tokens(causal, tokenizer)
-        self._runner: Any = PlainRunner(model)
-        self._cache: KVCache | None = None
-        num_pages = 1 << 40
+        self._keep_prefixes = keep_prefixes
+        self._ends = _end_tokens(causal, tokenizer)
+        self._branches: list[Branch] = []
+        self._running = 0
         obstacle = getattr(causal, "_posttrain_head_obstacle", None)
-        if config._attn_implementation == "posttrain" and obstacle is None:
-            weight = causal.get_input_embeddings().weight
-            with _evaluating(causal):
-                shapes = layer_shapes(model)
-            num_bytes = int(memory * free_memory(weight.device)) if isinstance(memory, float) else memory
-            num_pages = num_bytes // page_bytes(shapes, page_size, weight.dtype)
-            if self.context_length is not None:
-                num_pages = min(num_pages, max_sequences * -(-self.context_length // page_size))
-            self._cache = KVCache(shapes, num_pages, page_size, weight.dtype, weight.device)
-            self._runner = PagedRunner(model, self._cache)
-        self._pool = PagePool(num_pages, page_size)
+        paged = config._attn_implementation == "posttrain" and obstacle is None
+        self._cache = self._new_cache(memory) if paged else None
+        self._runner: Any = PagedRunner(model, self._cache) if self._cache is not None else PlainRunner(model)
+        self._pool = PagePool(1 << 40 if self._cache is None else self._cache.num_pages, page_size)
+
+    def _new_cache(self, memory: int | float) -> KVCache:
+        weight = causal_lm(self.model).get_input_embeddings().weight
+        shapes = layer_shapes(self.model)
+        num_bytes = int(memory * free_memory(weight.device)) if isinstance(memory, float) else memory
+        num_pages = num_bytes // page_bytes(shapes, self._page_size, weight.dtype)
+        if self.context_length is not None:
+            num_pages = min(num_pages, self._max_sequences * -(-self.context_length // self._page_size))
+        return KVCache(shapes, num_pages, self._page_size, weight.dtype, weight.device)
+
+    @property
+    def pages_held(self) -> int:
+        """Pages that sequences hold: between calls, those of open sequences."""
+        return self._pool.held
 
     def __enter__(self) -> "Engine":
         return self
@@ -79,165 +103,268 @@ class Engine:
         self.release()
 
     def release(self) -> None:
-        """Give all memory back; the next `generate` takes it again."""
+        """Give all memory back; the next call takes it again, and computes again what branches need.
+
+        Raises `ValueError` while a stream is open.
+        """
+        if self._running:
+            raise ValueError("the engine is generating: close its stream first")
+        for branch in self._branches:
+            self._forget(branch)
         self._pool.forget()
         if self._cache is not None:
             self._cache.release()
 
     def generate(
-        self,
-        prompts: Sequence[Any],
-        params: SamplingParams | None = None,
-        *,
-        on_finish: OnFinish | None = None,
+        self, prompts: Sequence[Any], params: Params | None = None, *, on_finish: OnFinish | None = None
     ) -> list[list[Completion]]:
         """`params.n` completions of every prompt, in the order of the prompts.
 
         Args:
             prompts: texts, lists of token ids or lists of chat messages.
-            params: how tokens are drawn.
+            params: how tokens are drawn, or one for each prompt.
             on_finish: called with the index of each prompt that is done and its completions, as they get done.
 
         Raises:
-            ValueError: a prompt that can't be used, by its number, before anything is generated.
+            ValueError: a prompt that can't be used, by its number, before anything is generated. Whatever ends a call
+                early (an error of `on_finish`, Ctrl-C), what is done is in `finished`, and no page stays held.
+        """
+        tokens = encode_all(self.tokenizer, prompts)
+        every = _each(params, len(tokens))
+        firsts = self._firsts(tokens, every)
+        self.finished = {}
+        parts: list[dict[int, Completion]] = [{} for _ in tokens]
+        for index, wanted in enumerate(every):
+            if wanted.n == 0:
+                self._done(index, [], on_finish)
+        for branch in self._complete(firsts):
+            part = parts[branch.prompt]
+            part[branch.sample] = self._completion(branch)
+            if len(part) == every[branch.prompt].n:
+                self._done(branch.prompt, [part[sample] for sample in range(len(part))], on_finish)
+        return [self.finished[index] for index in range(len(tokens))]
+
+    def _done(self, index: int, completions: list[Completion], on_finish: OnFinish | None) -> None:
+        self.finished[index] = completions
+        if on_finish is not None:
+            on_finish(index, completions)
+
+    def stream(self, prompts: Sequence[Any], params: Params | None = None) -> Iterator[Piece]:
+        """The same, as it is drawn: a `Piece` for every token, of all completions as they come.
+
+        The last piece of a completion holds it whole. Closing the iterator ends the generation. Arguments and errors
+        are as of `generate`.
+        """
+        tokens = encode_all(self.tokenizer, prompts)
+        firsts = self._firsts(tokens, _each(params, len(tokens)))
+        return self._pieces(firsts)
+
+    def _pieces(self, firsts: list[Branch]) -> Iterator[Piece]:
+        for branch in self._draws(firsts, streaming=True):
+            new = slice(len(branch.tokens) - 1, None) if branch.drawn else slice(0, 0)
+            stream, last = branch.stream, branch.finish_reason is not None
+            if stream is not None and last:
+                stream.close()
+            text = "" if stream is None else stream.rest() if last else stream.take()
+            whole = self._completion(branch) if last else None
+            logprobs = branch.logprobs[-1:]
+            yield Piece(branch.prompt, branch.sample, text, branch.tokens[new], logprobs, whole)
+
+    def score(
+        self, prompts: Sequence[Any], completions: Sequence[Sequence[Any]], *, temperature: float = 1.0
+    ) -> list[list[list[float]]]:
+        """Log-probabilities of the tokens of given completions, as training computes them.
+
+        Args:
+            prompts: as of `generate`.
+            completions: for each prompt a list of `Completion`s, lists of token ids or texts.
+            temperature: divides the logits; 0 leaves them as they are.
+
+        Returns:
+            For each prompt, for each of its completions, the log-probability of every token under
+            softmax(logits / temperature).
+        """
+        if len(completions) != len(prompts):
+            raise ValueError(f"score: {len(prompts)} prompts need a list of completions each, got {len(completions)}")
+        pairs, counts = [], []
+        for index, (prompt, own) in enumerate(zip(encode_all(self.tokenizer, prompts), completions, strict=True)):
+            if isinstance(own, str | Completion):
+                raise ValueError(f"score: the completions of prompt {index} must be a list, got {type(own).__name__}")
+            counts.append(len(own))
+            pairs += [(prompt, self._tokens(completion, f"a completion of prompt {index}")) for completion in own]
+        scores = iter(score(self.model, pairs, temperature or 1.0, self._max_tokens))
+        return [[next(scores) for _ in range(count)] for count in counts]
+
+    def _tokens(self, completion: Any, name: str) -> list[int]:
+        if isinstance(completion, Completion):
+            return completion.token_ids
+        if isinstance(completion, str):
+            return self.tokenizer(completion, add_special_tokens=False)["input_ids"]
+        return encode(self.tokenizer, completion, name) if len(completion) else []
+
+    def open(self, prompt: Any) -> Branch:
+        """A sequence to draw from again and again with `grow`; it keeps its pages until `close`.
+
+        Its keys and values are those of the weights they were computed with: call `release` when weights change.
+        """
+        tokens = encode(self.tokenizer, prompt, "the prompt")
+        self._room(len(tokens), "the prompt")
+        branch = Branch(len(self._branches), 0, tokens, len(tokens), len(tokens), SamplingParams(), 0, kept=True)
+        self._branches.append(branch)
+        return branch
+
+    def fork(self, sequence: Branch) -> Branch:
+        """Another sequence that goes on from where an open one is; what is computed is shared, not copied."""
+        self._check_open([sequence])
+        [twin] = replace(sequence, copies=1).split()
+        twin.kept, twin.finish_reason = True, sequence.finish_reason
+        twin.pages, twin.digests = sequence.pages.copy(), sequence.digests.copy()
+        for page in twin.pages:
+            self._pool.hold(page)
+        self._branches.append(twin)
+        return twin
+
+    def append(self, sequence: Branch, tokens: Sequence[int] | str) -> None:
+        """Put tokens, or a text, behind an open sequence: what a tool or a user says next."""
+        self._check_open([sequence])
+        new = self._tokens(tokens, "what is appended")
+        self._room(len(sequence.tokens) + len(new), "the sequence")
+        sequence.tokens += new
+
+    def grow(self, sequences: Sequence[Branch], params: SamplingParams | None = None) -> list[Completion]:
+        """Draw up to `params.max_tokens` more tokens for each of the open `sequences`; what each of them drew.
+
+        With `params.seed`, the seed, a sequence's tokens and its place in the list decide. Raises `ValueError` for
+        sequences that aren't open or given twice, and `params.n` other than 1; after any error the sequences are as
+        they were.
         """
         params = params or SamplingParams()
-        samples = self._samples(encode_all(self.tokenizer, prompts), params)
-        results: list[list[Completion | None]] = [[None] * params.n for _ in prompts]
-        for finished in self._run(samples):
-            completions: Any = results[finished.prompt]
-            completions[finished.sample] = self._completion(finished)
-            if on_finish is not None and None not in completions:
-                on_finish(finished.prompt, completions)
-        return results  # type: ignore[return-value]
+        self._check_open(sequences)
+        if params.n != 1 or len({id(one) for one in sequences}) < len(sequences):
+            raise ValueError(f"grow takes each sequence once and n=1 (fork them for more), got n={params.n}")
+        drawn = torch.randint(2**62, (len(sequences),)).tolist()
+        for place, (one, other) in enumerate(zip(sequences, drawn, strict=True)):
+            length = len(one.tokens)
+            one.prompt, one.start, one.params, one.finish_reason, one.stream = place, length, params, None, None
+            one.limit = length + min(params.max_tokens, self._room(length, f"sequence {place}"))
+            one.logprobs, one.top_logprobs = [], []
+            one.seed = sample_seed(other if params.seed is None else int(params.seed), one.tokens, place)
+        try:
+            for _ in self._draws(list(sequences), streaming=False):
+                pass
+        except BaseException:
+            for one in sequences:
+                self._forget(one)
+                del one.tokens[one.start :]
+            raise
+        return [self._completion(one) for one in sequences]
 
-    def _samples(self, prompts: list[list[int]], params: SamplingParams) -> list[Sample]:
-        """The first sample of every prompt, from which the others will split off."""
-        drawn = torch.randint(2**62, (len(prompts),)).tolist() if params.seed is None else [params.seed] * len(prompts)
-        samples = []
-        for index, (tokens, seed) in enumerate(zip(prompts, drawn, strict=True)):
+    def close(self, sequence: Branch) -> None:
+        """Give up an open sequence."""
+        self._check_open([sequence])
+        self._forget(sequence)
+        self._branches.remove(sequence)
+
+    def _forget(self, branch: Branch) -> None:
+        self._pool.drop(branch.pages)
+        branch.pages, branch.computed = [], 0
+
+    def _check_open(self, sequences: Sequence[Branch]) -> None:
+        if not all(any(one is branch for branch in self._branches) for one in sequences):
+            raise ValueError("the sequence isn't open: it comes from engine.open or engine.fork and isn't closed yet")
+
+    def _firsts(self, prompts: list[list[int]], every: list[SamplingParams]) -> list[Branch]:
+        """The first sample of every prompt, from which the others split off."""
+        drawn = torch.randint(2**62, (len(prompts),)).tolist()
+        firsts = []
+        for index, (tokens, params, other) in enumerate(zip(prompts, every, drawn, strict=True)):
             room = self._room(len(tokens), f"prompt {index}")
-            limit = len(tokens) + min(params.max_tokens, room)
-            samples.append(Sample(index, 0, tokens, len(tokens), limit, params, seed, copies=params.n - 1))
-        return samples if params.n else []
+            if params.n:
+                limit = len(tokens) + min(params.max_tokens, room)
+                seed = other if params.seed is None else int(params.seed)
+                own = sample_seed(seed, tokens, 0)
+                firsts.append(Branch(index, 0, tokens, len(tokens), limit, params, own, seed, copies=params.n - 1))
+        return firsts
 
     def _room(self, length: int, name: str) -> int:
         """How many tokens may follow `length` tokens."""
         if self.context_length is not None and length > self.context_length:
-            raise ValueError(f"{name} has {length} tokens; the context has {self.context_length}")
+            raise ValueError(f"{name} has {length} tokens, more than the {self.context_length} of the context")
         pages = self._pool.num_pages * self._page_size
         if length >= pages:
-            raise ValueError(f"{name} has {length} tokens; the cache holds {pages}: give the engine more memory")
+            raise ValueError(f"{name} has {length} tokens, and the cache holds {pages}: give the engine more memory")
         return min(self.context_length or pages, pages) - length
 
-    def _run(self, samples: list[Sample]) -> Iterator[Sample]:
-        """Generate; yields every sample once it is complete."""
-        scheduler = Scheduler(self._pool, self._max_sequences, self._max_tokens, self._runner.shares)
-        for first in samples:
-            if first.limit == first.start:
-                yield from self._nothing(first)
-            else:
-                scheduler.waiting.append(first)
+    def _complete(self, branches: list[Branch]) -> Iterator[Branch]:
+        """Generate; every sequence once it is complete."""
+        return (branch for branch in self._draws(branches, streaming=False) if branch.finish_reason)
+
+    def _draws(self, branches: list[Branch], streaming: bool) -> Iterator[Branch]:
+        """Generate; sequences whenever they drew tokens, with those that may have none first."""
+        waiting = []
+        for branch in branches:
+            if branch.limit > len(branch.tokens):
+                waiting.append(branch)
+                continue
+            for one in (branch, *branch.split()):
+                one.finish_reason = "length"
+                yield one
+        if waiting:
+            yield from self._run(waiting, streaming)
+
+    def _run(self, branches: list[Branch], streaming: bool) -> Iterator[Branch]:
+        self.stats = Stats(num_pages=self._pool.num_pages)
+        idle = [branch for branch in self._branches if branch not in branches]
+        shares = self._runner.shares
+        scheduler = Scheduler(self._pool, self._max_sequences, self._max_tokens, shares, idle)
+        scheduler.waiting.extend(branches)
+        generation = Generation(scheduler, self._runner, self.tokenizer, self._ends, self.stats, streaming)
+        keep = self._keep_prefixes and shares
+        self._running += 1
         try:
             self._runner.begin()
-            while scheduler.waiting or scheduler.running:
-                yield from self._step(scheduler)
+            while generation.going_on:
+                yield from generation.advance()
+        except BaseException:
+            keep = False  # pages may be filed whose content was never computed
+            raise
         finally:
+            self._running -= 1
             scheduler.clear()
-            self._pool.forget()
+            if not keep:
+                self._pool.forget()
 
-    def _nothing(self, first: Sample) -> Iterator[Sample]:
-        """Samples that may have no token."""
-        for sample_ in (first, *self._twins(first)):
-            sample_.finish_reason = "length"
-            yield sample_
-
-    def _twins(self, first: Sample) -> list[Sample]:
-        twins = []
-        for number in range(1, first.copies + 1):
-            twin = Sample(first.prompt, number, first.tokens.copy(), first.start, first.limit, first.params, first.seed)
-            twin.computed = first.computed
-            twins.append(twin)
-        first.copies = 0
-        return twins
-
-    def _step(self, scheduler: Scheduler) -> list[Sample]:
-        """One step; the samples it completed."""
-        step = scheduler.next_step()
-        with _evaluating(causal_lm(self.model)):
-            logits = self._runner.run(step)
-            for chunk in step.chunks:
-                chunk.sequence.computed = chunk.end
-            drawing = []
-            rows = []
-            for row, chunk in enumerate(chunk for chunk in step.chunks if chunk.draws):
-                twins = self._twins(chunk.sequence)
-                scheduler.split(chunk.sequence, twins)
-                self._runner.split(chunk.sequence, twins)
-                drawing += [chunk.sequence, *twins]
-                rows += [row] * (1 + len(twins))
-            if not drawing:
-                return []
-            logits = logits if len(rows) == len(logits) else logits[torch.tensor(rows, device=logits.device)]
-            self._draw(drawing, logits)
-        finished = [one for one in drawing if one.finish_reason]
-        for one in finished:
-            scheduler.remove(one)
-            self._runner.drop(one)
-        return finished
-
-    def _draw(self, samples: list[Sample], logits: Tensor) -> None:
-        params = samples[0].params
-        device = logits.device
-        tokens, logprobs = sample(
-            logits,
-            temperature=float(params.temperature),
-            top_k=int(params.top_k),
-            top_p=float(params.top_p),
-            min_p=float(params.min_p),
-            seeds=torch.tensor([sample_seed(s.seed, s.tokens[: s.start], s.sample) for s in samples], device=device),
-            offsets=torch.tensor([s.drawn for s in samples], device=device),
-        )
-        for one, token, logprob in zip(samples, tokens.tolist(), logprobs.tolist(), strict=True):
-            if logprob != logprob:
-                raise ValueError(f"the model gives no distribution (NaN or infinity) for prompt {one.prompt}")
-            self._accept(one, token, logprob)
-
-    def _accept(self, one: Sample, token: int, logprob: float) -> None:
-        """Append a token to a sample, and see whether it ends there."""
-        one.tokens.append(token)
-        one.logprobs.append(logprob)
-        if one.params.stop and one.stream is None:
-            one.stream = TextStream(self.tokenizer, one.params.stop)
-        if one.stream is not None:
-            one.stream.add(token)
-        if (token in self._eos and not one.params.ignore_eos) or (one.stream is not None and one.stream.stopped):
-            one.finish_reason = "stop"
-        elif len(one.tokens) >= one.limit:
-            one.finish_reason = "length"
-
-    def _completion(self, one: Sample) -> Completion:
-        tokens = one.tokens[one.start :]
-        text = one.stream.text if one.stream is not None else decode(self.tokenizer, tokens)
-        return Completion(tokens, text, one.logprobs, one.finish_reason or "length")
+    def _completion(self, branch: Branch) -> Completion:
+        tokens = branch.tokens[branch.start :]
+        text = branch.stream.text if branch.stream is not None else decode(self.tokenizer, tokens)
+        top = branch.top_logprobs if branch.params.logprobs else None
+        return Completion(tokens, text, branch.logprobs, branch.finish_reason or "length", top)
 
 
-def _eos_tokens(causal: Any, tokenizer: Any) -> frozenset[int]:
+def _each(params: Params | None, count: int) -> list[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    if len(params) != count:
+        raise ValueError(f"params must be one for all or one for each of the {count} prompts, got {len(params)}")
+    return list(params)
+
+
+def _check(
+    memory: int | float, page_size: int, max_sequences: int, max_tokens_per_step: int, context_length: int | None
+) -> None:
+    if memory <= 0 or (isinstance(memory, float) and memory > 1):
+        raise ValueError(f"memory must be bytes, or a share between 0.0 and 1.0 of what is free; got {memory!r}")
+    if page_size < 8 or page_size & (page_size - 1):
+        raise ValueError(f"page_size must be a power of two of at least 8, got {page_size}")
+    for name, value in (("max_sequences", max_sequences), ("max_tokens_per_step", max_tokens_per_step)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if context_length is not None and context_length < 1:
+        raise ValueError(f"context_length must be at least 1, got {context_length}")
+
+
+def _end_tokens(causal: Any, tokenizer: Any) -> frozenset[int]:
     """The tokens that end a completion: of the model's generation config and of the tokenizer."""
     of_model = getattr(causal.generation_config, "eos_token_id", None)
     every = [*(of_model if isinstance(of_model, list) else [of_model]), tokenizer.eos_token_id]
     return frozenset(token for token in every if token is not None)
-
-
-@contextmanager
-def _evaluating(causal: Any) -> Iterator[None]:
-    """No gradient and no dropout, and afterwards every module in the mode it was in."""
-    training = [module for module in causal.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True

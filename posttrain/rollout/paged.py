@@ -15,6 +15,7 @@ from posttrain.models.causal_lm import causal_lm, decoder
 from posttrain.ops import paged_attention, write_cache
 from posttrain.rollout.cache import KVCache, LayerShape, StepLayout, lay_out
 from posttrain.rollout.decoder import CompiledDecoder, Unusual
+from posttrain.rollout.evaluating import evaluating
 from posttrain.rollout.scheduler import Step
 from posttrain.rollout.sequence import Sequence
 
@@ -25,6 +26,8 @@ class PagedRunner:
     """Logits of a step, for a model that `prepare` gave our attention.
 
     Attributes:
+        cache: keys and values.
+        compiled: the step in C++, or None.
         obstacle: why the model runs through its modules and not in C++, or None.
     """
 
@@ -33,25 +36,28 @@ class PagedRunner:
     def __init__(self, model: nn.Module, cache: KVCache) -> None:
         self.obstacle: str | None = None
         self._model = model
-        self._cache = cache
-        self._compiled: CompiledDecoder | None = None
+        self.cache = cache
+        self.compiled: CompiledDecoder | None = None
 
     def begin(self) -> None:
         """Have memory, and see what the model is now."""
-        self._cache.allocate()
-        try:
-            self._compiled, self.obstacle = CompiledDecoder(self._model, self._cache), None
-        except Unusual as problem:
-            self._compiled, self.obstacle = None, str(problem)
+        self.cache.allocate()
+        with evaluating(causal_lm(self._model)):
+            try:
+                self.compiled, self.obstacle = CompiledDecoder(self._model, self.cache), None
+            except Unusual as problem:
+                self.compiled, self.obstacle = None, str(problem)
 
     def run(self, step: Step) -> Tensor:
         """Logits `[n, V]` behind the n chunks after which a token is drawn."""
-        self._cache.copy_pages(step.copies)
-        tokens, positions, rows, layout = lay_out(step.chunks, self._cache.page_size, self._cache.device)
-        if self._compiled is not None:
-            return self._compiled(tokens, positions, rows, layout)
-        hidden = _forward(causal_lm(self._model), tokens, positions, cache=self._cache, step=layout)
-        return head(self._model).logits(hidden[rows])
+        self.cache.copy_pages(step.copies)
+        tokens, positions, rows, layout = lay_out(step.chunks, self.cache.page_size, self.cache.device)
+        if self.compiled is not None:
+            return self.compiled(tokens, positions, rows, layout)
+        causal = causal_lm(self._model)
+        with evaluating(causal):
+            hidden = _forward(causal, tokens, positions, cache=self.cache, step=layout)
+            return head(self._model).logits(hidden[rows])
 
     def split(self, sequence: Sequence, twins: list[Sequence]) -> None:
         """Nothing: `twins` have the pages of `sequence`."""
@@ -65,7 +71,8 @@ def layer_shapes(model: nn.Module) -> list[LayerShape]:
     causal = causal_lm(model)
     shapes: dict[int, LayerShape] = {}
     token = torch.zeros(1, dtype=torch.int64, device=causal.get_input_embeddings().weight.device)
-    _forward(causal, token, token, shapes=shapes)
+    with evaluating(causal):
+        _forward(causal, token, token, shapes=shapes)
     return [shapes[layer] for layer in sorted(shapes)]
 
 
@@ -93,7 +100,7 @@ def attend(
     if shapes is not None:
         scale = k.shape[2] ** -0.5 if scaling is None else scaling
         window = None if sliding_window is None else int(sliding_window)
-        shapes[module.layer_idx] = LayerShape(*k.shape[1:], scale, window, softcap, s_aux is not None)
+        shapes[module.layer_idx] = LayerShape(k.shape[1], k.shape[2], scale, window, softcap, s_aux is not None)
         return q[None], None
     assert cache is not None and step is not None
     keys, values = cache.keys[module.layer_idx], cache.values[module.layer_idx]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from posttrain.models.causal_lm import causal_lm
+from posttrain.rollout.evaluating import evaluating
 from posttrain.rollout.scheduler import Step
 from posttrain.rollout.sequence import Sequence
 
@@ -18,6 +19,7 @@ class PlainRunner:
     """Logits of a step, for any causal LM."""
 
     shares = False
+    compiled = None
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
@@ -29,6 +31,10 @@ class PlainRunner:
     def run(self, step: Step) -> Tensor:
         """Logits `[n, V]` behind the n chunks after which a token is drawn."""
         causal = causal_lm(self._model)
+        with evaluating(causal):
+            return self._run(causal, step)
+
+    def _run(self, causal: Any, step: Step) -> Tensor:
         device = causal.get_input_embeddings().weight.device
         rows = []
         for sequence, start, end in step.chunks:

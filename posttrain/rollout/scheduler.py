@@ -9,7 +9,7 @@ Of sequences with the same prompt, or the same beginning, one computes and the o
 
 from collections import deque
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from posttrain.rollout.pages import Digest, OutOfPages, PagePool, page_digests
 from posttrain.rollout.sequence import Sequence
@@ -34,9 +34,26 @@ class Step(NamedTuple):
     chunks: list[Chunk]
     copies: dict[int, int]
 
+    @property
+    def num_tokens(self) -> int:
+        """Of all chunks."""
+        return sum(chunk.end - chunk.start for chunk in self.chunks)
+
+    @property
+    def decodes(self) -> bool:
+        """Whether each sequence has one token."""
+        return self.num_tokens == len(self.chunks)
+
 
 class Scheduler:
     """Puts sequences into steps.
+
+    Args:
+        pool: the pages.
+        max_sequences: most sequences in a step.
+        max_tokens: most tokens in a step.
+        share: whether pages with the same content are held together.
+        idle: sequences outside, which lose their pages before one that is waiting or running does.
 
     Attributes:
         waiting: sequences that aren't in a step yet, or no longer.
@@ -46,7 +63,14 @@ class Scheduler:
         prompt_tokens: all tokens of prompts.
     """
 
-    def __init__(self, pool: PagePool, max_sequences: int, max_tokens: int, share: bool = True) -> None:
+    def __init__(
+        self,
+        pool: PagePool,
+        max_sequences: int,
+        max_tokens: int,
+        share: bool = True,
+        idle: Iterable[Sequence] = (),
+    ) -> None:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.preempted = 0
@@ -56,6 +80,7 @@ class Scheduler:
         self._max_sequences = max_sequences
         self._max_tokens = max_tokens
         self._share = share
+        self._idle = idle
 
     def next_step(self) -> Step:
         """The next step, empty if no sequence is left. Raises `OutOfPages` if not one sequence has room."""
@@ -75,6 +100,24 @@ class Scheduler:
             raise OutOfPages(f"{self._pool.num_pages} pages of {self._pool.page_size} tokens don't hold one sequence")
         return step
 
+    @property
+    def held(self) -> int:
+        """Pages with holders."""
+        return self._pool.held
+
+    def reserve_ahead(self, sequences: Iterable[Sequence], steps: int) -> int:
+        """Pages for `steps` more tokens of each sequence, or for fewer if there is no room; how many it became."""
+        size = self._pool.page_size
+        while steps:
+            missing = [-(-(s.computed + steps) // size) - len(s.pages) for s in sequences]
+            if sum(missing) <= self._pool.available:
+                break
+            steps //= 2
+        if steps:
+            for sequence, count in zip(sequences, missing, strict=True):
+                sequence.pages += [self._pool.take() for _ in range(count)]
+        return steps
+
     def split(self, sequence: Sequence, twins: Iterable[Sequence]) -> None:
         """`twins` go on from the pages of `sequence`."""
         for twin in reversed(list(twins)):
@@ -89,13 +132,16 @@ class Scheduler:
 
     def remove(self, sequence: Sequence) -> None:
         """`sequence` is complete."""
-        self.running.remove(sequence) if sequence in self.running else self.waiting.remove(sequence)
-        self._drop(sequence)
+        place: Any = self.running if sequence in self.running else self.waiting
+        place.remove(sequence)
+        if not sequence.kept:
+            self._drop(sequence)
 
     def clear(self) -> None:
         """No sequence goes on."""
         for sequence in (*self.running, *self.waiting):
-            self._drop(sequence)
+            if not sequence.kept:
+                self._drop(sequence)
         self.running.clear()
         self.waiting.clear()
 
@@ -110,11 +156,11 @@ class Scheduler:
                 self._reserve(sequence, end, step)
                 return True
             except OutOfPages:
-                holder = next((waiting for waiting in self.waiting if waiting.pages), None)
+                holder = next((other for other in (*self._idle, *self.waiting) if other.pages), None)
                 victim = holder or self.running.pop()
                 self._drop(victim)
-                self.preempted += 1
                 if holder is None:
+                    self.preempted += 1
                     self.waiting.appendleft(victim)
                 if victim is sequence:
                     return False

@@ -21,8 +21,10 @@ class Sequence:
         start: tokens of the prompt.
         limit: most tokens, prompt included.
         params: how tokens are drawn.
-        seed: of this sample; with the number of a token it decides the draw.
+        seed: of this sample, from `sample_seed`; with the number of a token it decides the draw.
+        params_seed: what `seed` was made from.
         copies: samples that are still to be split off when the prompt is computed.
+        kept: whether it keeps its pages when it is complete.
         pages: pages of the cache that hold its first tokens.
         computed: how many tokens have keys and values in them; the newest token has none yet.
         digests: of its full pages, as far as they were needed.
@@ -39,7 +41,9 @@ class Sequence:
     limit: int
     params: SamplingParams
     seed: int
+    params_seed: int = 0
     copies: int = 0
+    kept: bool = False
     pages: list[int] = field(default_factory=list)
     computed: int = 0
     digests: list[Digest] = field(default_factory=list)
@@ -52,6 +56,19 @@ class Sequence:
     def drawn(self) -> int:
         """How many tokens were drawn."""
         return len(self.tokens) - self.start
+
+    def split(self) -> list["Sequence"]:
+        """The samples that are still to be split off; they go on from what is computed."""
+        twins = []
+        for number in range(self.sample + 1, self.sample + 1 + self.copies):
+            seed = sample_seed(self.params_seed, self.tokens[: self.start], number)
+            twin = Sequence(
+                self.prompt, number, self.tokens.copy(), self.start, self.limit, self.params, seed, self.params_seed
+            )
+            twin.computed = self.computed
+            twins.append(twin)
+        self.copies = 0
+        return twins
 
 
 def sample_seed(seed: int, prompt: list[int], sample: int) -> int:

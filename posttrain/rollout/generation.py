@@ -1,0 +1,220 @@
+"""One call of the engine: step after step until every sequence is complete.
+
+A step of the scheduler may hold prompts, copy pages and let sequences join and leave. When it held nothing but one
+token of each running sequence, nothing changes until one of them is complete: those steps run as a *burst*, whose
+tables are arrays that move on together, without a look at single sequences.
+"""
+
+import time
+from collections.abc import Sequence as Many
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from posttrain.ops import sample
+from posttrain.rollout.cache import StepLayout, pages_of
+from posttrain.rollout.scheduler import Scheduler, Step
+from posttrain.rollout.sequence import Sequence
+from posttrain.rollout.stats import Stats
+from posttrain.rollout.text import TextStream
+
+_BURST = 64  # steps at most, between which other threads and Ctrl-C get their turn
+
+
+class Generation:
+    """Draws tokens for the sequences of `scheduler`, with the logits of `runner`.
+
+    Args:
+        tokenizer: for texts that are watched.
+        ends: the end-of-sequence tokens.
+        streaming: whether the text of every sequence is watched.
+    """
+
+    def __init__(
+        self, scheduler: Scheduler, runner: Any, tokenizer: Any, ends: frozenset[int], stats: Stats, streaming: bool
+    ) -> None:
+        self.scheduler = scheduler
+        self._runner = runner
+        self._tokenizer = tokenizer
+        self._ends = ends
+        self._stats = stats
+        self._streaming = streaming
+
+    @property
+    def going_on(self) -> bool:
+        """Whether a sequence is left."""
+        return bool(self.scheduler.waiting or self.scheduler.running)
+
+    def advance(self) -> list[Sequence]:
+        """A step, or a burst of them; the sequences that drew a token. Those that are complete have left."""
+        began = time.perf_counter()
+        step = self.scheduler.next_step()
+        drawing = self._step(step)
+        self._stats.add(step, self.scheduler, time.perf_counter() - began)
+        if not self._leave(drawing) and self._steady(step, drawing):
+            began = time.perf_counter()
+            steps = self._burst(drawing)
+            self._stats.add_burst(steps, len(drawing), time.perf_counter() - began)
+            self._leave(drawing)
+        return drawing
+
+    def _steady(self, step: Step, drawing: list[Sequence]) -> bool:
+        """Whether the next step will be like this one: all drew, with pages of their own, and none can join."""
+        same = len(drawing) == len(step.chunks) == len(self.scheduler.running)
+        return same and self._runner.compiled is not None and (not self.scheduler.waiting or step.decodes)
+
+    def _step(self, step: Step) -> list[Sequence]:
+        logits = self._runner.run(step)
+        drawing: list[Sequence] = []
+        rows: list[int] = []
+        for chunk in step.chunks:
+            chunk.sequence.computed = chunk.end
+            if chunk.draws:
+                row = rows[-1] + 1 if rows else 0
+                twins = chunk.sequence.split()
+                self.scheduler.split(chunk.sequence, twins)
+                self._runner.split(chunk.sequence, twins)
+                drawing += [chunk.sequence, *twins]
+                rows += [row] * (1 + len(twins))
+        if drawing:
+            if len(rows) > len(logits):
+                logits = logits[torch.tensor(rows, device=logits.device)]
+            self._draw(drawing, logits)
+        return drawing
+
+    def _leave(self, drawing: list[Sequence]) -> bool:
+        """Let those that are complete leave; whether there were any."""
+        complete = [sequence for sequence in drawing if sequence.finish_reason]
+        for sequence in complete:
+            self.scheduler.remove(sequence)
+            self._runner.drop(sequence)
+        return bool(complete)
+
+    def _draw(self, sequences: list[Sequence], logits: Tensor) -> None:
+        device = logits.device
+        tokens, logprobs = sample(
+            logits,
+            **_filters(sequences, device),
+            seeds=torch.tensor([s.seed for s in sequences], device=device),
+            offsets=torch.tensor([s.drawn for s in sequences], device=device),
+        )
+        asking = [row for row, sequence in enumerate(sequences) if sequence.params.logprobs]
+        for row in asking:
+            sequences[row].top_logprobs.append(_likeliest(logits[row], sequences[row]))
+        for sequence, token, logprob in zip(sequences, tokens.tolist(), logprobs.tolist(), strict=True):
+            self._accept(sequence, token, logprob)
+
+    def _accept(self, sequence: Sequence, token: int, logprob: float) -> None:
+        """Append a token, and see whether the sequence ends there."""
+        _check(sequence, logprob)
+        sequence.tokens.append(token)
+        sequence.logprobs.append(logprob)
+        if sequence.stream is None and (self._streaming or sequence.params.stop):
+            sequence.stream = TextStream(self._tokenizer, sequence.params.stop)
+        ended = token in self._ends and not sequence.params.ignore_eos
+        if sequence.stream is not None:
+            sequence.stream.add(token)
+            ended = ended or sequence.stream.stopped
+        if ended:
+            sequence.finish_reason = "stop"
+        elif len(sequence.tokens) >= sequence.limit:
+            sequence.finish_reason = "length"
+
+    def _burst(self, sequences: list[Sequence]) -> int:
+        """Draw for all of `sequences`, which are all that run, until one is complete; how many steps that took."""
+        if any(s.stream is not None or s.params.logprobs for s in sequences):
+            return 0
+        most = min(_BURST, *(s.limit - len(s.tokens) for s in sequences))
+        steps = self.scheduler.reserve_ahead(sequences, most)
+        if steps == 0:
+            return 0
+        burst = _Burst(sequences, self._runner, steps)
+        ends = [] if all(s.params.ignore_eos for s in sequences) else sorted(self._ends)
+        heeding = np.array([not s.params.ignore_eos for s in sequences])
+        done = 0
+        while done < steps:
+            tokens = burst.step()
+            done += 1
+            if any((heeding & (tokens == end)).any() for end in ends):
+                break
+        for sequence, drawn, logprobs in zip(sequences, burst.tokens(), burst.logprobs(), strict=True):
+            sequence.computed += done
+            sequence.tokens += drawn
+            sequence.logprobs += logprobs
+            _check(sequence, sum(logprobs))
+            if drawn[-1] in self._ends and not sequence.params.ignore_eos:
+                sequence.finish_reason = "stop"
+            elif len(sequence.tokens) >= sequence.limit:
+                sequence.finish_reason = "length"
+        return done
+
+
+class _Burst:
+    """The arrays of steps in which every sequence draws one token."""
+
+    def __init__(self, sequences: list[Sequence], runner: Any, steps: int) -> None:
+        device, self._size = runner.cache.device, runner.cache.page_size
+        self._runner = runner
+        self._filters = _filters(sequences, device)
+        self._tokens = [torch.tensor([s.tokens[-1] for s in sequences], device=device)]
+        self._logprobs: list[Tensor] = []
+        self._positions = np.array([s.computed for s in sequences])
+        self._offsets = torch.tensor([s.drawn for s in sequences], device=device)
+        self._seeds = torch.tensor([s.seed for s in sequences], device=device)
+        self._table = pages_of(sequences)
+        self._rows = np.arange(len(sequences))
+        self._device_rows = torch.arange(len(sequences), device=device)
+        self._device_table = torch.from_numpy(self._table).to(device)
+
+    def step(self) -> Any:
+        """Draw; the tokens as an array."""
+        positions = self._positions
+        pages = self._table[self._rows, positions // self._size].astype(np.int64)
+        device = self._device_table.device
+        slots = torch.from_numpy(pages * self._size + positions % self._size).to(device)
+        context_lens = torch.from_numpy((positions + 1).astype(np.int32)).to(device)
+        layout = StepLayout(slots, self._device_table, context_lens, None)
+        at = torch.from_numpy(positions).to(device)
+        logits = self._runner.compiled(self._tokens[-1], at, self._device_rows, layout)
+        drawn, logprobs = sample(logits, **self._filters, seeds=self._seeds, offsets=self._offsets)
+        self._tokens.append(drawn)
+        self._logprobs.append(logprobs)
+        self._positions = positions + 1
+        self._offsets = self._offsets + 1
+        return drawn.numpy()
+
+    def tokens(self) -> list[list[int]]:
+        """What each sequence drew."""
+        return torch.stack(self._tokens[1:], 1).tolist()
+
+    def logprobs(self) -> list[list[float]]:
+        """Of the tokens."""
+        return torch.stack(self._logprobs, 1).tolist()
+
+
+def _filters(sequences: Many[Sequence], device: torch.device) -> dict[str, Any]:
+    """temperature, top_k, top_p and min_p as `sample` takes them: numbers where all sequences agree."""
+    result: dict[str, Any] = {}
+    for name, kind in (("temperature", float), ("top_k", int), ("top_p", float), ("min_p", float)):
+        values = [kind(getattr(sequence.params, name)) for sequence in sequences]
+        same = all(value == values[0] for value in values)
+        result[name] = values[0] if same else torch.tensor(values, device=device)
+    return result
+
+
+def _likeliest(logits: Tensor, sequence: Sequence) -> list[tuple[int, float]]:
+    """The likeliest tokens of a row, with their log-probabilities."""
+    params = sequence.params
+    logprobs = (logits.double() / (params.temperature or 1.0)).log_softmax(-1)
+    values, tokens = logprobs.topk(min(params.logprobs, len(logprobs)))
+    return list(zip(tokens.tolist(), values.tolist(), strict=True))
+
+
+def _check(sequence: Sequence, logprob: float) -> None:
+    if logprob != logprob:
+        raise ValueError(
+            f"the model gives no distribution (NaN or infinity among the logits) for prompt {sequence.prompt} "
+            f"after {len(sequence.tokens)} tokens"
+        )
