@@ -304,6 +304,19 @@ void decode(int itemsize, address decoder, step_tokens i, step_angles a, step_si
   });
 }
 
+// Addresses of temperature, top_k, top_p, min_p, seeds, offsets.
+using sample_parameters = std::tuple<address, address, address, address, address, address>;
+
+void sample(address logits, int64_t stride, int64_t rows, int64_t size, sample_parameters parameters, address tokens,
+            address logprobs, int threads) {
+  py::gil_scoped_release release;
+  const auto [temperature, top_k, top_p, min_p, seeds, offsets] = parameters;
+  const posttrain::SampleBatch batch = {
+      at<float>(logits), stride, rows, size, at<float>(temperature), at<int64_t>(top_k), at<float>(top_p),
+      at<float>(min_p), at<int64_t>(seeds), at<int64_t>(offsets)};
+  POSTTRAIN_CALL(sample, batch, at<int64_t>(tokens), at<float>(logprobs), threads);
+}
+
 // Packed, absmax (or its 8-bit index), nested absmax, nested code and offset (0 without nested statistics); block,
 // nested block.
 using nf4 = std::tuple<address, address, address, address, address, int64_t, int64_t>;
@@ -368,6 +381,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("write_cache", &write_cache);
   m.def("paged_workspace", &paged_workspace);
   m.def("paged_attention", &paged_attention);
+  m.def("sample", &sample);
   m.def("linear", &linear);
   m.def("decoder_sizes", [] { return py::make_tuple(sizeof(posttrain::Decoder<float>), sizeof(posttrain::DecoderLayer<float>)); });
   m.def("decoder_workspace", &decoder_workspace);

@@ -5,6 +5,7 @@
 #include "attention.h"
 #include "decoder.h"
 #include "nf4.h"
+#include "sample.h"
 
 namespace posttrain::POSTTRAIN_ISA {
 
@@ -83,6 +84,9 @@ int64_t paged_workspace(int64_t width);
 template <class T>
 void paged_attention(const PagedAttention<T>& f, const QuerySlice* slices, const SlicePanel* panels,
                      int64_t num_panels, T* out, T* workspace, int threads);
+
+// A row without a distribution gets token 0 and the logprob NaN.
+void sample(const SampleBatch& batch, int64_t* tokens, float* logprobs, int threads);
 
 // Elements [first, first + count) of the matrix `w`.
 template <class T>

@@ -24,7 +24,10 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from posttrain import _C
 from posttrain.ops import reference
+from posttrain.ops.backend import backend_for
+from posttrain.ops.library import define
 
 
 def sample(
@@ -59,6 +62,7 @@ def sample(
             of range, where they are numbers or on the CPU.
     """
     _check(logits, seeds, offsets)
+    backend = backend_for("sample", logits)
     rows = logits.shape[0], logits.device
     parameters = (
         _per_row("temperature", temperature, *rows),
@@ -66,7 +70,9 @@ def sample(
         _per_row("top_p", top_p, *rows),
         _per_row("min_p", min_p, *rows),
     )
-    return reference.sample(logits, *parameters, seeds, offsets)
+    if backend == "reference":
+        return reference.sample(logits, *parameters, seeds, offsets)
+    return _sample(logits, *parameters, seeds, offsets, backend)
 
 
 def _check(logits: Tensor, seeds: Tensor, offsets: Tensor) -> None:
@@ -106,3 +112,42 @@ def _per_row(name: str, value: float | Tensor, rows: int, device: torch.device) 
     if not fits or isinstance(value, bool) or not (low <= value if with_low else low < value) or value > high:
         raise ValueError(f"sample: {name} must be {words}, got {value!r}")
     return torch.full((rows,), value, dtype=torch.int64 if whole else torch.float32, device=device)
+
+
+def _forward(
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    seeds: Tensor,
+    offsets: Tensor,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    logits = logits.float()
+    logits = logits if logits.stride(-1) == 1 else logits.contiguous()
+    parameters = [x.contiguous() for x in (temperature, top_k, top_p, min_p, seeds, offsets)]
+    tokens, logprobs = torch.empty_like(seeds), logits.new_empty(len(logits))
+    _C.sample(
+        logits.data_ptr(),
+        logits.stride(0),
+        *logits.shape,
+        tuple(x.data_ptr() for x in parameters),
+        tokens.data_ptr(),
+        logprobs.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return tokens, logprobs
+
+
+def _fake(logits, temperature, top_k, top_p, min_p, seeds, offsets, backend):
+    return torch.empty_like(seeds), logits.new_empty(len(logits), dtype=torch.float32)
+
+
+_sample = define(
+    "sample",
+    "(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seeds, Tensor offsets, "
+    "str backend) -> (Tensor, Tensor)",
+    _forward,
+    _fake,
+)

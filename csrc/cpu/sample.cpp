@@ -1,0 +1,239 @@
+// Drawing tokens (posttrain/ops/sample.py has the formulas).
+//
+// The largest z + g among all tokens is that of the tokens that stay, if it stays itself. If it doesn't, everything that
+// stays lies above it, and the next draw is among the tokens above it: no sorting, no search for a threshold. A token
+// stays if the count and the weight of the tokens above it say so. Random numbers are made for groups of kGroup tokens,
+// and only for groups of which some token may still win, as g is at most kMostGumbel.
+#include "cpu/kernels.h"
+#include "cpu/simd.h"
+
+namespace posttrain::POSTTRAIN_ISA {
+
+namespace {
+
+constexpr int kGroup = 64;
+constexpr int kCounters = kGroup / 4;
+constexpr int64_t kChunk = 4096;         // weights summed in float, in lanes; chunks are summed in double
+constexpr float kMostGumbel = 16.6356f;  // -log(-log(1 - 2^-24)), rounded up
+constexpr float kInfinity = __builtin_inff();
+constexpr int kLanes = Lanes<float>::n;
+
+// log x to 2 ulp for normal x > 0: x = m 2^e with m in [sqrt(1/2), sqrt(2)), and log m from a polynomial (a fit by the
+// least maximum of the relative error, 6e-9).
+inline Vec<float> log(Vec<float> x) {
+  const VecInt bits = (VecInt)x - 0x3f3504f3;  // of sqrt(1/2)
+  const VecInt e = bits >> 23;
+  const Vec<float> z = (Vec<float>)((bits & 0x7fffff) + 0x3f3504f3) - 1.0f;
+  Vec<float> p = splat(-7.63447439e-2f);
+  p = p * z + 1.27615682e-1f;
+  p = p * z + -1.31601866e-1f;
+  p = p * z + 1.42017595e-1f;
+  p = p * z + -1.66233571e-1f;
+  p = p * z + 2.00012268e-1f;
+  p = p * z + -2.50008210e-1f;
+  p = p * z + 3.33333317e-1f;
+  const Vec<float> exponent = __builtin_convertvector(e, Vec<float>);
+  const Vec<float> square = z * z;
+  const Vec<float> low = exponent * -2.12194440e-4f + (p * z * square - square * 0.5f);
+  return exponent * 0.693359375f + (low + z);
+}
+
+// A row of logits as z = (logit - top) * inverse_temperature.
+struct Row {
+  const float* logits;
+  int64_t size;
+  float top, inverse_temperature;
+
+  float z(int64_t i) const { return (logits[i] - top) * inverse_temperature; }
+
+  Vec<float> z(int64_t i, int lanes) const {
+    const Vec<float> x = lanes == kLanes ? load(logits + i) : load_part(logits + i, lanes, -kInfinity);
+    return (x - top) * inverse_temperature;
+  }
+
+  // Calls body(offset, lanes) for the vectors of tokens begin <= i < end.
+  template <class Body>
+  void each_vector(int64_t begin, int64_t end, Body body) const {
+    int64_t i = begin;
+    for (; i + kLanes <= end; i += kLanes) body(i, kLanes);
+    if (i < end) body(i, int(end - i));
+  }
+
+  int64_t chunk_end(int64_t begin) const { return begin + kChunk < size ? begin + kChunk : size; }
+};
+
+// Sets the largest logit and says whether there is a distribution: no NaN, no infinity, not all minus infinity.
+bool find_top(Row& row) {
+  Vec<float> top = splat(-kInfinity), sick = splat(0.0f);
+  row.each_vector(0, row.size, [&](int64_t i, int lanes) {
+    const Vec<float> x = lanes == kLanes ? load(row.logits + i) : load_part(row.logits + i, lanes, -kInfinity);
+    top = max<float>(top, x);
+    sick = x == x ? sick : splat(1.0f);
+  });
+  row.top = max_lane<float>(top);
+  return max_lane<float>(sick) == 0 && row.top > -kInfinity && row.top < kInfinity;
+}
+
+// The weight of the tokens with z > limit (all, if limit is minus infinity), and how many they are.
+struct Above {
+  double weight = 0;
+  int64_t count = 0;
+};
+
+Above above(const Row& row, float limit) {
+  Above result;
+  for (int64_t begin = 0; begin < row.size; begin += kChunk) {
+    Vec<float> sums = {};
+    VecInt counts = {};
+    row.each_vector(begin, row.chunk_end(begin), [&](int64_t i, int lanes) {
+      const Vec<float> z = row.z(i, lanes);
+      const VecInt counted = z > limit;
+      sums += counted ? exp_or_zero(z) : splat(0.0f);
+      counts -= counted;
+    });
+    result.weight += sum<float>(sums);
+    for (int lane = 0; lane < kLanes; ++lane) result.count += counts[lane];
+  }
+  return result;
+}
+
+// Numbers in the order of the floats z they come from, NaN excepted.
+inline VecInt ordered(Vec<float> z) {
+  const VecInt bits = (VecInt)z;
+  return bits ^ ((bits >> 31) & 0x7fffffff);
+}
+
+// Weight of the k largest z, and of all equal to the last of them. The number of the k-th is found bit by bit.
+double weight_of_largest(const Row& row, int64_t k) {
+  int32_t kth = INT32_MIN;
+  for (int64_t bit = int64_t(1) << 31; bit > 0; bit >>= 1) {
+    const int32_t next = int32_t(kth + bit);
+    VecInt counts = {};
+    row.each_vector(0, row.size, [&](int64_t i, int lanes) { counts -= ordered(row.z(i, lanes)) >= next; });
+    int64_t count = 0;
+    for (int lane = 0; lane < kLanes; ++lane) count += counts[lane];
+    if (count >= k) kth = next;
+  }
+  double weight = 0;
+  for (int64_t begin = 0; begin < row.size; begin += kChunk) {
+    Vec<float> sums = {};
+    row.each_vector(begin, row.chunk_end(begin), [&](int64_t i, int lanes) {
+      const Vec<float> z = row.z(i, lanes);
+      sums += ordered(z) >= kth ? exp_or_zero(z) : splat(0.0f);
+    });
+    weight += sum<float>(sums);
+  }
+  return weight;
+}
+
+// Philox 4x32-10 at the counters first, first + 1, ...: words[w][c].
+void philox(uint32_t first, uint64_t key, uint64_t offset, uint32_t (*words)[kCounters]) {
+  for (int c = 0; c < kCounters; ++c) {
+    words[0][c] = first + c;
+    words[1][c] = 0;
+    words[2][c] = uint32_t(offset);
+    words[3][c] = uint32_t(offset >> 32);
+  }
+  uint32_t low_key = uint32_t(key), high_key = uint32_t(key >> 32);
+  for (int round = 0; round < 10; ++round) {
+    for (int c = 0; c < kCounters; ++c) {
+      const uint64_t a = uint64_t(words[0][c]) * 0xD2511F53u, b = uint64_t(words[2][c]) * 0xCD9E8D57u;
+      words[0][c] = uint32_t(b >> 32) ^ words[1][c] ^ low_key;
+      words[1][c] = uint32_t(b);
+      words[2][c] = uint32_t(a >> 32) ^ words[3][c] ^ high_key;
+      words[3][c] = uint32_t(a);
+    }
+    low_key += 0x9E3779B9u;
+    high_key += 0xBB67AE85u;
+  }
+}
+
+// The first token with the largest z + g among those with z > limit and z >= floor.
+int64_t draw(const Row& row, float limit, float floor, uint64_t seed, uint64_t offset) {
+  Vec<float> best = splat(-kInfinity);
+  VecInt where = {};
+  float leader = -kInfinity;
+  VecInt lane_numbers;
+  for (int lane = 0; lane < kLanes; ++lane) lane_numbers[lane] = lane;
+  for (int64_t begin = 0; begin < row.size; begin += kGroup) {
+    const int64_t end = begin + kGroup < row.size ? begin + kGroup : row.size;
+    float z[kGroup];
+    Vec<float> top = splat(-kInfinity);
+    row.each_vector(begin, end, [&](int64_t i, int lanes) {
+      Vec<float> own = row.z(i, lanes);
+      own = (own > limit) & (own >= floor) ? own : splat(-kInfinity);
+      store(z + (i - begin), own);
+      top = max<float>(top, own);
+    });
+    if (!(max_lane<float>(top) + kMostGumbel > leader)) continue;
+    uint32_t words[4][kCounters];
+    philox(uint32_t(begin / 4), seed, offset, words);
+    for (int64_t i = begin; i < end; i += kLanes) {
+      VecInt word;
+      __builtin_memcpy(&word, &words[0][0] + (i - begin), sizeof word);
+      const VecInt upper = (word >> 9) & 0x7fffff;
+      const Vec<float> u = (__builtin_convertvector(upper, Vec<float>) + 0.5f) * (1.0f / (1 << 23));
+      const Vec<float> value = load(z + (i - begin)) - log(-log(u));
+      const VecInt better = value > best;
+      best = better ? value : best;
+      where = better ? lane_numbers + int32_t(i) : where;
+    }
+    leader = max_lane<float>(best);
+  }
+  int64_t token = row.size;
+  for (int lane = 0; lane < kLanes; ++lane)
+    if (best[lane] == leader && where[lane] < token) token = where[lane];
+  return token;
+}
+
+struct Filters {
+  int64_t top_k;
+  double top_p;
+  float lowest;  // log min_p
+};
+
+int64_t draw_filtered(const Row& row, double weight, const Filters& filters, uint64_t seed, uint64_t offset) {
+  float limit = -kInfinity;
+  const bool by_count = filters.top_k > 0 && filters.top_k < row.size, by_weight = filters.top_p < 1;
+  bool narrowed = !(by_count && by_weight);
+  for (;;) {
+    const int64_t token = draw(row, limit, filters.lowest, seed, offset);
+    if (!by_count && !by_weight) return token;
+    limit = row.z(token);
+    const Above rest = above(row, limit);
+    if (rest.count == 0) return token;
+    if (by_count && rest.count >= filters.top_k) continue;
+    if (!by_weight) return token;
+    if (!narrowed) weight = weight_of_largest(row, filters.top_k);
+    narrowed = true;
+    if (rest.weight < filters.top_p * weight) return token;
+  }
+}
+
+int64_t first_of_largest(const Row& row) {
+  for (int64_t i = 0; i < row.size; ++i)
+    if (row.logits[i] == row.top) return i;
+  return 0;
+}
+
+}  // namespace
+
+void sample(const SampleBatch& batch, int64_t* tokens, float* logprobs, int threads) {
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+  for (int64_t r = 0; r < batch.rows; ++r) {
+    const double temperature = batch.temperature[r] == 0 ? 1 : batch.temperature[r];
+    Row row = {batch.logits + r * batch.stride, batch.size, 0, float(1 / temperature)};
+    tokens[r] = 0;
+    logprobs[r] = __builtin_nanf("");
+    if (!find_top(row)) continue;
+    const double weight = above(row, -kInfinity).weight;
+    const Filters filters = {batch.top_k[r], batch.top_p[r], float(__builtin_log(batch.min_p[r]))};
+    tokens[r] = batch.temperature[r] == 0
+                    ? first_of_largest(row)
+                    : draw_filtered(row, weight, filters, batch.seeds[r], batch.offsets[r]);
+    const double z = (double(row.logits[tokens[r]]) - row.top) / temperature;
+    logprobs[r] = float(z - __builtin_log(weight));
+  }
+}
+
+}  // namespace posttrain::POSTTRAIN_ISA
