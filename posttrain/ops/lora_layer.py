@@ -216,11 +216,16 @@ class Bundle(NamedTuple):
         return tile if self.dropped is None else tile.masked_fill(self.dropped[rows], 0)
 
 
+def kernel_dtype(dtype: torch.dtype, backend: str) -> torch.dtype:
+    """What a backend's elementwise kernels take for `dtype`; Triton's compute half precision in float32 themselves."""
+    return dtype if backend == "triton" else torch.promote_types(dtype, torch.float32)
+
+
 def normed(x: Tensor, options: Options, backend: str) -> Tensor:
     """x `[T, K]`, through the norm if there is one."""
     if options.norm is None:
         return x
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = kernel_dtype(x.dtype, backend)
     return rms_norm._forward(x.to(wide), options.norm, options.eps, None, backend)[0].to(x.dtype)
 
 
@@ -230,7 +235,7 @@ def normed_gradient(
     """Gradients of x and of the norm's weight, from that of the normed x. The statistics are made again."""
     if grad is None or options.norm is None:
         return grad, None
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = kernel_dtype(x.dtype, backend)
     rows = x.to(wide)
     rstd = rms_norm._forward(rows, options.norm, options.eps, None, backend)[2]
     grad_x, grad_norm = rms_norm._gradient(grad.to(wide), None, rows, options.norm, rstd, backend)

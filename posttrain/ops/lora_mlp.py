@@ -31,6 +31,7 @@ from posttrain.ops.lora_layer import (
     LoraLayer,
     Options,
     flatten,
+    kernel_dtype,
     layers_of,
     normed,
     normed_gradient,
@@ -110,12 +111,12 @@ def _options(
 
 def _gated(left: Tensor, right: Tensor, activation: str, backend: str) -> Tensor:
     """act(g) u, computed in at least float32."""
-    wide = torch.promote_types(left.dtype, torch.float32)
+    wide = kernel_dtype(left.dtype, backend)
     return glu._forward(left.to(wide), right.to(wide), activation, backend).to(left.dtype)
 
 
 def _gated_gradient(grad: Tensor, left: Tensor, right: Tensor, activation: str, backend: str) -> tuple[Tensor, Tensor]:
-    wide = torch.promote_types(left.dtype, torch.float32)
+    wide = kernel_dtype(left.dtype, backend)
     grad_left, grad_right = glu._gradient(grad.to(wide), left.to(wide), right.to(wide), activation, backend)
     return grad_left.to(left.dtype), grad_right.to(left.dtype)
 

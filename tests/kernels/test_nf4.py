@@ -62,7 +62,7 @@ def test_dequantising_slab_by_slab(random, monkeypatch) -> None:
     assert torch.equal(torch.cat(slabs), expected(weight, torch.float32))
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (7, 13), (9, 96), (6, 600), (5, 1024)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (7, 13), (9, 96), (5, 1024)], ids=str)
 @statistics
 def test_product_agrees_with_the_reference(nested, shape, random) -> None:
     weight = quantize_nf4(random(*shape), blocksize=32, nested=nested)
