@@ -112,7 +112,9 @@ def is_nf4(config: Any) -> bool:
 
 def quantization_of(config: Any) -> str | None:
     """How the checkpoint of this configuration is quantised, or None if it isn't."""
-    return _facts(config).get("quant_method", "unknown") if _facts(config) else None
+    facts = _facts(config)
+    method = facts.get("quant_method", "unknown")
+    return str(getattr(method, "value", method)) if facts else None
 
 
 def _facts(config: Any) -> dict[str, Any]:
