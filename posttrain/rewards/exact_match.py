@@ -1,15 +1,17 @@
 """Exact match: 1 if the number after the last `Answer:` is the right one, else 0."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
+
+from posttrain.rewards.text import Completion, check_column, text_of
 
 _NUMBER = re.compile(r"\s*(-?\d+)(?![\d.,]*\d)")
 
 
 def exact_match(
     prompts: Sequence[Any],
-    completions: Sequence[str | Sequence[Mapping[str, Any]]],
+    completions: Sequence[Completion],
     completion_ids: Sequence[Sequence[int]] | None = None,
     *,
     answer: Sequence[str | int | None],
@@ -27,10 +29,9 @@ def exact_match(
     Returns:
         1.0, 0.0, or None where `answer` is None.
     """
-    if len(answer) != len(completions):
-        raise ValueError(f"exact_match: {len(completions)} completions, but {len(answer)} answers")
+    check_column("answers", answer, completions, "exact_match")
     return [
-        None if right is None else float(extract(_text(completion)) == (extract(str(right)) or str(right).strip()))
+        None if right is None else float(extract(text_of(completion)) == (extract(str(right)) or str(right).strip()))
         for completion, right in zip(completions, answer, strict=True)
     ]
 
@@ -40,7 +41,3 @@ def extract(text: str) -> str | None:
     _, marker, rest = text.rpartition("Answer:")
     number = _NUMBER.match(rest) if marker else None
     return number[1] if number else None
-
-
-def _text(completion: str | Sequence[Mapping[str, Any]]) -> str:
-    return completion if isinstance(completion, str) else completion[-1]["content"]
