@@ -8,10 +8,12 @@ __version__ = "0.1.0"
 _LAZY = {
     "DPOConfig": "posttrain.train.dpo",
     "DPOTrainer": "posttrain.train.dpo",
+    "GRPOConfig": "posttrain.train.grpo",
+    "GRPOTrainer": "posttrain.train.grpo",
     "SFTConfig": "posttrain.train.sft",
     "SFTTrainer": "posttrain.train.sft",
 }
-__all__ = ["DPOConfig", "DPOTrainer", "SFTConfig", "SFTTrainer", "__version__"]
+__all__ = ["DPOConfig", "DPOTrainer", "GRPOConfig", "GRPOTrainer", "SFTConfig", "SFTTrainer", "__version__"]
 
 
 def __getattr__(name: str) -> Any:

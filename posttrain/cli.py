@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, NoReturn
 from posttrain import __version__
 from posttrain.train.config import ConfigError, TrainConfig, fields_of, read_yaml
 from posttrain.train.dpo_config import DPOConfig
+from posttrain.train.grpo_config import GRPOConfig
 from posttrain.train.sft_config import SFTConfig
 
 
@@ -29,6 +30,7 @@ class _Method(NamedTuple):
 _METHODS = (
     _Method("sft", SFTConfig, "posttrain.train.sft:SFTTrainer", "supervised fine-tuning"),
     _Method("dpo", DPOConfig, "posttrain.train.dpo:DPOTrainer", "direct preference optimisation"),
+    _Method("grpo", GRPOConfig, "posttrain.train.grpo:GRPOTrainer", "group-relative policy optimisation"),
 )
 
 

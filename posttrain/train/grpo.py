@@ -42,7 +42,7 @@ from posttrain.train.rollouts import (
     per_rollout,
 )
 from posttrain.train.sampler import Sample, Sampler
-from posttrain.train.source import Step, too_long
+from posttrain.train.source import Step
 from posttrain.train.trainer import Trainer
 
 __all__ = ["GRPOConfig", "GRPOTrainer"]
@@ -137,10 +137,11 @@ class GRPOTrainer(Trainer):
             for tokens, prompt in zip(ids, prompts, strict=True)
         )
         longest = max(prompts, key=lambda prompt: len(prompt.token_ids))
-        length, most = len(longest.token_ids) + self.args.max_completion_length, self.args.max_tokens_per_batch
-        if length > most:
-            raise too_long(
-                f"{longest.origin}, with max_completion_length {self.args.max_completion_length},", length, most
+        length, room = len(longest.token_ids), self.args.max_completion_length
+        if length + room > self.args.max_tokens_per_batch:
+            raise ConfigError(
+                f"{longest.origin} has {length} tokens, with max_completion_length {room} more than "
+                f"max_tokens_per_batch {self.args.max_tokens_per_batch}; raise it or lower max_completion_length"
             )
 
     def _generate(self, prompts: Sequence[Prompt], number: int | None) -> Generation:
@@ -261,7 +262,10 @@ class GRPOTrainer(Trainer):
             "step": [self._step] * len(samples),
             "prompt": [sample.prompt.given for sample in samples],
             "completion": [sample.content for sample in samples],
-            **dict(zip(self._rewards.names, scores.rewards.T.tolist(), strict=True)),
+            **{
+                name: [None if math.isnan(value) else value for value in column]
+                for name, column in zip(self._rewards.names, scores.rewards.T.tolist(), strict=True)
+            },
             **scores.columns,
             "advantage": advantages.advantage.tolist(),
         }
