@@ -59,6 +59,32 @@ def test_bins_hold_every_sequence_once_within_the_capacity(runs, spare) -> None:
         assert bins == [list(range(len(sequences)))]
 
 
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 30)), max_size=4), max_size=12),
+    st.integers(1, 3),
+    st.integers(0, 100),
+)
+def test_units_are_never_parted(runs, size, spare) -> None:
+    sequences = [sequence(*each) for each in runs]
+    units = [(i * 7) % len(sequences) // size for i in range(len(sequences))]  # members that don't lie side by side
+    forest = share_prefixes(sequences)
+    members_of = [[i for i, unit in enumerate(units) if unit == wanted] for wanted in set(units)]
+    capacity = max((forest.select(members).num_tokens for members in members_of), default=0) + spare
+    bins = forest.divide(capacity, units)
+    assert sorted(i for members in bins for i in members) == list(range(len(sequences)))
+    for members in bins:
+        assert forest.select(members).num_tokens <= capacity
+    for unit in members_of:
+        assert sum(bool(set(unit) & set(members)) for members in bins) == 1
+
+
+def test_pairs_over_one_prompt_fill_the_bins() -> None:
+    """A prompt of 20 tokens with 4 pairs of answers of 10, and bins that hold two pairs."""
+    sequences = [sequence((1, 20), (2 + answer, 10)) for answer in range(8)]
+    assert sorted(share_prefixes(sequences).divide(60, [i // 2 for i in range(8)])) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
 def test_a_group_stays_together_where_it_fits() -> None:
     """Three prompts of 20 tokens with two completions of 5, in turns, and bins of 60."""
     sequences = [sequence((prompt, 20), (9 + turn, 5)) for turn in range(2) for prompt in range(3)]
