@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from plain_attention import plain_attention
 from tolerance import assert_as_good_as, assert_true_to, assert_unbiased, check, gradients
 
 from posttrain.ops import backend_for, explain, packed_attention, reference
@@ -52,23 +53,9 @@ def test_half_precision(options, dtype):
     inputs = tensors(layout.num_tokens, 4, 2, dtype=dtype)
     ours = gradients(lambda *x: packed_attention(*x, layout, **options), inputs)
     exact = gradients(lambda *x: reference.packed_attention(*x, layout, **options), [x.float() for x in inputs])
-    peer = gradients(lambda *x: plain(*x, layout, **options), inputs)
+    peer = gradients(lambda *x: plain_attention(*x, layout, **options), inputs)
     for mine, other, truth in zip(sum(ours, ()), sum(peer, ()), sum(exact, ()), strict=True):
         assert_as_good_as(mine, other, truth)
-
-
-def plain(q, k, v, layout, window=None, softcap=None):
-    """Attention as PyTorch computes it in the dtype of its inputs, with a mask."""
-    group = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    scores = torch.einsum("qhd,khd->hqk", q, k) * q.shape[-1] ** -0.5
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    index = torch.arange(len(q))
-    visible = (index <= index[:, None]) & (index[:, None] < layout.visible_until)
-    if window is not None:
-        visible &= index[:, None] - index < window
-    return torch.einsum("hqk,khd->qhd", scores.masked_fill(~visible, -torch.inf).softmax(-1), v)
 
 
 def test_the_reference_is_softmax_over_what_the_layout_shows():
@@ -307,7 +294,7 @@ def test_errors_lean_to_no_side(which):
         return call
 
     ours = result(packed_attention, torch.float32)
-    assert_unbiased(ours, result(plain, torch.float32), result(reference.packed_attention, torch.float64))
+    assert_unbiased(ours, result(plain_attention, torch.float32), result(reference.packed_attention, torch.float64))
 
 
 def test_values_may_be_wider_than_keys():

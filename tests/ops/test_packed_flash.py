@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from plain_attention import plain_attention
 from tolerance import HALF, check, gradients
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -64,23 +65,7 @@ def compare(layout: PackedLayout, inputs: list[Tensor], **options) -> None:
     def op(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return lambda q, k, v, sinks=None: function(q, k, v, layout, sinks=sinks, **options)
 
-    check(op(packed_attention), op(reference.packed_attention), inputs, op(plain))
-
-
-def plain(q, k, v, layout, sinks=None, scale=None, window=None, softcap=None):
-    """PyTorch's way in the dtype of its inputs."""
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    scores = torch.einsum("qhd,khd->hqk", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    index = torch.arange(len(q), device=q.device)
-    visible = (index <= index[:, None]) & (index[:, None] < layout.visible_until)
-    if window is not None:
-        visible &= layout.positions[:, None] - layout.positions < window
-    scores = scores.masked_fill(~visible, -torch.inf)
-    if sinks is not None:
-        scores = torch.cat([scores, sinks[:, None, None].expand(-1, len(q), 1)], -1)
-    return torch.einsum("hqk,khd->qhd", scores.softmax(-1)[..., : len(k)], v)
+    check(op(packed_attention), op(reference.packed_attention), inputs, op(plain_attention))
 
 
 @pytest.mark.usefixtures("poison")

@@ -7,23 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from sft_config import assert_equivalent, sft_config
 
 from posttrain import SFTConfig, SFTTrainer
 
 
 def config(model_dir: Path, output_dir: Path, **changes) -> SFTConfig:
-    settings = {
-        "model": str(model_dir),
-        "output_dir": str(output_dir),
-        "learning_rate": 1e-3,
-        "per_device_train_batch_size": 8,
-        "max_steps": 4,
-        "logging_steps": 1,
-        "save_steps": 0,
-        "gradient_checkpointing": False,
-        "use_cpu": True,
-    }
-    return SFTConfig(**(settings | changes))
+    return sft_config(output_dir, **{"model": str(model_dir), **changes})
 
 
 def losses(trainer: SFTTrainer) -> torch.Tensor:
@@ -73,11 +63,7 @@ def test_sequences_per_step_is_batch_times_accumulation(model_dir, rows, tmp_pat
 
 
 def equivalent(first: SFTTrainer, second: SFTTrainer) -> None:
-    """50 steps of both have the same losses, by rule: each within 1e-3, in the mean within 1e-5."""
-    difference = losses(first) - losses(second)
-    assert len(difference) == 50
-    assert difference.abs().max() <= 1e-3
-    assert difference.mean().abs() <= 1e-5
+    assert_equivalent(losses(first), losses(second))
 
 
 def test_micro_batch_size_does_not_change_50_steps(model_dir, rows, tmp_path):
