@@ -1,0 +1,219 @@
+"""GRPO of a 7M Llama on the CPU: time of an optimizer step, generation and all, and peak memory, against TRL.
+
+Both train the same seeded weights (vocabulary 8192, width 256, 4 layers) in float32 on 4 prompts with 8 completions
+each, with the reward, loss and temperature of TRL's defaults, without activation checkpointing (off is TRL's faster
+setting) and with TRL's own generation. Completions end where the policy says so, one in 8192 tokens at the start, so
+both have nearly all their tokens; the mean length is reported. The first two steps are left out.
+
+The floor is what the step's matrix products alone take, in the sizes in which the mathematics needs them: prompts once,
+one token of every completion at a time, and forward and backward over all packed tokens.
+"""
+
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections import Counter
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from interleave import Comparison, Spread
+from memory import peaks
+
+for _peer in ("datasets", "trl"):
+    if find_spec(_peer) is None:  # found, not imported: that would count as memory of ours
+        pytest.skip(f"compares with TRL, and {_peer} is not installed", allow_module_level=True)
+
+PROMPTS, GENERATIONS, SKIPPED, ROUNDS = 4, 8, 2, 3
+SHAPE = {"vocab_size": 8192, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4}
+COMMON = {
+    "learning_rate": 1e-5,
+    "lr_scheduler_type": "constant",
+    "per_device_train_batch_size": PROMPTS * GENERATIONS,
+    "num_generations": GENERATIONS,
+    "logging_steps": 1,
+    "gradient_checkpointing": False,
+    "bf16": False,
+    "use_cpu": not torch.cuda.is_available(),
+    "disable_tqdm": True,
+}
+SIZES = {"short prompts": (12, 64), "long prompts": (256, 32)}  # tokens of a prompt and of a completion
+
+
+def model_folder():
+    """The 7M Llama with seeded random weights, and a tokenizer of one token for each character."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    words = ["<pad>", "<eos>", "<unk>", *(chr(0x4E00 + n) for n in range(SHAPE["vocab_size"] - 3))]
+    core = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, "<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    folder = Path(tempfile.mkdtemp()) / "model"
+    PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        **SHAPE, num_attention_heads=4, num_key_value_heads=2, pad_token_id=0, bos_token_id=None, eos_token_id=1
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def rows(length, count=64):
+    """Prompts of `length` tokens."""
+    draw = random.Random(0)
+    letters = [chr(0x4E00 + n) for n in range(SHAPE["vocab_size"] - 3)]
+    return [{"prompt": "".join(draw.choices(letters, k=length))} for _ in range(count)]
+
+
+def even(prompts, completions, completion_ids, **columns):
+    """The share of even tokens: cheap, and different for nearly every completion."""
+    return [sum(token % 2 == 0 for token in ids) / len(ids) for ids in completion_ids]
+
+
+def our_trainer(folder, size, steps=8):
+    """posttrain's trainer, ready to train."""
+    from posttrain import GRPOConfig, GRPOTrainer
+
+    prompt, completion = SIZES[size]
+    args = GRPOConfig(
+        output_dir=tempfile.mkdtemp(),
+        max_steps=steps,
+        max_completion_length=completion,
+        max_tokens_per_batch=PROMPTS * GENERATIONS * (prompt + completion),
+        log_completions=False,
+        **COMMON,
+    )
+    return GRPOTrainer(str(folder), even, args, rows(prompt))
+
+
+def trl_trainer(folder, size, steps=8):
+    """TRL's, with the times of its steps in `step_times`."""
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    times = []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            times.append(-time.perf_counter())
+
+        def on_step_end(self, *args, **kwargs):
+            times[-1] += time.perf_counter()
+
+    prompt, completion = SIZES[size]
+    trainer = GRPOTrainer(
+        AutoModelForCausalLM.from_pretrained(folder, dtype="float32"),
+        even,
+        args=GRPOConfig(
+            output_dir=tempfile.mkdtemp(),
+            max_steps=steps,
+            max_completion_length=completion,
+            save_strategy="no",
+            report_to="none",
+            dataloader_pin_memory=False,
+            **COMMON,
+        ),
+        train_dataset=Dataset.from_list(rows(prompt)),
+        processing_class=AutoTokenizer.from_pretrained(folder),
+        callbacks=[Clock()],
+    )
+    trainer.step_times = times
+    return trainer
+
+
+def run_ours(folder, size):
+    """(seconds of each step, mean tokens of a completion)."""
+    trainer = our_trainer(folder, size)
+    trainer.train()
+    history = [record for record in trainer.log_history if "loss" in record]
+    return [record["step_time"] for record in history][SKIPPED:], _length(history)
+
+
+def run_trl(folder, size):
+    """(seconds of each step, mean tokens of a completion)."""
+    trainer = trl_trainer(folder, size)
+    trainer.train()
+    return trainer.step_times[SKIPPED:], _length([r for r in trainer.state.log_history if "loss" in r])
+
+
+def _length(history):
+    return statistics.mean(float(record["completions/mean_length"]) for record in history)
+
+
+def floor(size):
+    """Seconds of the step's matrix products alone."""
+    width, inner, layers = SHAPE["hidden_size"], SHAPE["intermediate_size"], SHAPE["num_hidden_layers"]
+    layer = [(width, width), (width, width // 2), (width, width // 2), (width, width)]
+    layer += [(width, inner), (width, inner), (inner, width)]
+    head = (width, SHAPE["vocab_size"])
+    prompt, completion = SIZES[size]
+    drawn, steps = PROMPTS * GENERATIONS, completion - 1
+    packed = PROMPTS * (prompt + GENERATIONS * completion)
+    products: Counter[tuple[int, int, int]] = Counter()  # (rows, in, out) -> how many; a backward pass has two
+    for k, n in layer:
+        products += Counter({(PROMPTS * prompt, k, n): layers})
+        products += Counter({(drawn, k, n): layers * steps})
+        products += Counter({(packed, k, n): layers * 3})
+    products += Counter({(PROMPTS, *head): 1})
+    products += Counter({(drawn, *head): steps})
+    products += Counter({(drawn * completion, *head): 3})
+    operands = {shape: (torch.randn(shape[0], shape[1]), torch.randn(shape[2], shape[1])) for shape in products}
+
+    def once():
+        started = time.perf_counter()
+        for shape, times in products.items():
+            for _ in range(times):
+                torch.nn.functional.linear(*operands[shape])
+        return time.perf_counter() - started
+
+    return min(once() for _ in range(5))
+
+
+@pytest.mark.parametrize(("size", "limit"), [("short prompts", 2.5), ("long prompts", 8.0)])
+def test_speed(size, limit, publish):
+    folder = model_folder()
+    systems = {"trl": run_trl, "posttrain": run_ours}
+    seconds, lengths = {name: [] for name in systems}, {name: [] for name in systems}
+    for _ in range(ROUNDS):
+        for name, run in systems.items():
+            times, length = run(folder, size)
+            seconds[name].append(statistics.median(times))
+            lengths[name].append(length)
+    ratios = {name: [a / b for a, b in zip(seconds["trl"], s, strict=True)] for name, s in seconds.items()}
+    comparison = Comparison(
+        "trl",
+        {name: Spread.of(s) for name, s in seconds.items()},
+        {name: Spread.of(r) for name, r in ratios.items()},
+    )
+    least = floor(size)
+    facts = {f"{name} tokens of a completion": statistics.mean(found) for name, found in lengths.items()}
+    facts |= {"GEMM floor (ms)": 1e3 * least}
+    facts |= {f"{name} against the floor": statistics.median(s) / least for name, s in seconds.items()}
+    prompt, completion = SIZES[size]
+    title = f"GRPO, {PROMPTS} prompts of {prompt} x {GENERATIONS} completions of {completion}, per step"
+    publish(f"grpo-{size.replace(' ', '-')}", title, comparison, **facts)
+    assert abs(facts["trl tokens of a completion"] / facts["posttrain tokens of a completion"] - 1) < 0.02
+    assert comparison.speedup["posttrain"].median >= limit
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("size", SIZES)
+def test_memory(size, report):
+    folder = str(model_folder())
+    found = {}
+    for name in ("trl", "our"):
+        setup = f"import bench_grpo as b\nb.{name}_trainer({folder!r}, {size!r}, 2).train()\n"
+        setup += f"trainer = b.{name}_trainer({folder!r}, {size!r})"
+        found["posttrain" if name == "our" else name] = peaks(setup, "trainer.train()")
+    beyond = {name: peak.beyond / 2**20 for name, peak in found.items()}
+    whole = {name: peak.whole / 2**20 for name, peak in found.items()}
+    lines = [f"GRPO, {size}: peak memory (MB), beyond the trainer and of the process"]
+    lines += [f"  {name:<10} {beyond[name]:>9.1f} {whole[name]:>9.1f}" for name in found]
+    report(f"grpo-memory-{size.replace(' ', '-')}", lines, megabytes=beyond, process_megabytes=whole)
+    assert beyond["posttrain"] <= 0.5 * beyond["trl"]
