@@ -120,7 +120,7 @@ def _low_rank(
         kernels.low_rank_kernel[triton.cdiv(ranks, block), triton.cdiv(len(x), kernels.LOW_RANK["BLOCK_T"])](
             x, _bytes(dropped), factor, scale, owner, adapter, out,
             *x.shape, ranks, x.stride(0), *factor.stride(), out.stride(0),
-            BLOCK_R=block, HALF=_mixed(x, factor), **kernels.LOW_RANK,
+            BLOCK_R=block, BLOCK_K=_depth(factor.dtype), HALF=_mixed(x, factor), **kernels.LOW_RANK,
         )  # fmt: skip
 
 
@@ -213,6 +213,11 @@ def _rank_block(ranks: int, dtype: torch.dtype) -> int:
     return max(16, min(32 if dtype == torch.float32 else 64, triton.next_power_of_2(ranks)))
 
 
+def _depth(dtype: torch.dtype) -> int:
+    """Step along K of the products with a factor of this dtype."""
+    return 64 if dtype == torch.float32 else 128
+
+
 def _mixed(x: Tensor, other: Tensor) -> bool:
     """Whether x is in half precision and `other` in float32."""
     return x.dtype != other.dtype
@@ -280,11 +285,14 @@ def ahead_of_time() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], 
             "split_rows": SPLIT_ROWS,
             "factor_depth": 1,
             "BLOCK_R": _rank_block(rank, dtype),
+            "BLOCK_K": _depth(dtype),
             "HALF": _mixed(x, low),
         }
         arguments |= dict.fromkeys(("K", "R", "x_stride", "low_stride", "factor_stride", "out_stride"), 64)
         for kernel, sizes in ((kernels.low_rank_kernel, kernels.LOW_RANK), (kernels.outer_kernel, kernels.OUTER)):
-            given = {name: value for name, value in (arguments | sizes).items() if name in kernel.arg_names}
+            given = {
+                name: value for name, value in (arguments | sizes).items() if name in (*kernel.arg_names, "num_stages")
+            }
             yield _entry(kernel, f"{x.dtype} {dtype}", given, capability=capability)
 
 

@@ -6,8 +6,8 @@ What depends on which tensors there are is decided when a kernel is compiled: an
 import triton
 import triton.language as tl
 
-LOW_RANK = {"BLOCK_T": 32, "BLOCK_K": 64}
-OUTER = {"BLOCK_T": 32, "BLOCK_K": 64}
+LOW_RANK = {"BLOCK_T": 32, "num_stages": 4}
+OUTER = {"BLOCK_T": 32, "BLOCK_K": 64, "num_stages": 4}
 
 _GROUP = tl.constexpr(8)  # blocks of rows that share the columns' weights while those are in L2
 

@@ -253,7 +253,7 @@ def project(x: Tensor, layers: Sequence[Layer], options: Options, backend: str) 
 
 def _low_rank(x: Tensor, layers: Sequence[Layer], options: Options, bundle: Bundle, backend: str) -> list[Tensor]:
     """u `[T, E R]` of each layer of a bundle."""
-    if backend == "triton":
+    if backend == "triton" and len(x) > nf4.MATVEC_ROWS:  # the library splits K for fewer rows
         u = _kernels().low_rank(x, layers, options, bundle)
         return [u[:, columns] for columns in bundle.columns]
     u = torch.empty(len(x), len(bundle.lora_a), dtype=bundle.lora_a.dtype, device=x.device)
