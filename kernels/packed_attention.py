@@ -3,13 +3,17 @@
 The kernels are in packed_attention_device.py; here are the method, the choice of tiles, and the launches.
 
 Forward and dQ: a program owns a block of queries under one head and walks the key blocks from the start of its first
-query's tree to its last query, in runs. It passes over the blocks whose largest `visible_until` is at most its first
-query, which no query sees. A run begins with blocks that every query sees (before the first query, and with a smallest
-`visible_until` at or after the last one's end), which need no mask: the whole of a long sequence but its diagonal, or a
-shared prompt. dK/dV: a program owns a block of keys under one key head and walks the queries from its first key to its
-largest `visible_until`, a contiguous range, for every query head of the group; those between its last key and its
-smallest `visible_until` need no mask and come first. So sums have one order, and nothing is added by two programs.
-With a window, every block is masked.
+query's tree to its last query, in runs. It passes over the blocks that no query sees: those whose largest
+`visible_until` is at most its first query, and those whose largest position lies before every window. A run begins with
+blocks that every query sees (before the first query, and with a smallest `visible_until` at or after the last one's
+end), which need no mask: the whole of a long sequence but its diagonal, or a shared prompt. dK/dV: a program owns a
+block of keys under one key head and walks the queries from its first key to its largest `visible_until`, a contiguous
+range, for every query head of the group; those between its last key and its smallest `visible_until` need no mask and
+come first. So sums have one order, and nothing is added by two programs. With a window, every block is masked, and
+dK/dV ends after the last block with a query whose window reaches its keys.
+
+lse is kept as the largest score and the log of the sum, which are added nowhere: one float32 for both would lose, of
+scores around 10,000, what the probabilities of the backward need. float64 is slow on GPUs for gaming.
 """
 
 from collections.abc import Iterator
@@ -73,16 +77,16 @@ def packed_attention_forward(
     window: int,
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
-    """(o, lse) as `posttrain.ops.packed_attention` needs them; window and softcap are 0 for none."""
+    """(o, lse `[Hq, 2, T]`, whose two parts add up to it); window and softcap are 0 for none."""
     q, k, v = (_readable(x) for x in (q, k, v))
     tokens, heads, width = q.shape
     out = q.new_empty(tokens, heads, v.shape[2])
-    lse = q.new_empty(heads, tokens, dtype=torch.float32)
+    lse = q.new_empty(heads, 2, tokens, dtype=torch.float32)
     blocks = _blocks(FLOAT_FORWARD, FORWARD, q, v)
     if q.numel():
         with _on(q):
             kernels.forward_kernel[heads, triton.cdiv(tokens, blocks.queries)](
-                q, k, v, visible_until, positions, *schedule.unbind(0), q if sinks is None else sinks, out, lse,
+                q, k, v, visible_until, positions, *schedule[:4], q if sinks is None else sinks, out, lse,
                 *_strides(q, k, v), scale, softcap or 1.0, window, tokens, heads, heads // k.shape[1],
                 softcap > 0, window > 0, sinks is not None, **_sizes(width, v.shape[2]), **_launch(blocks),
             )  # fmt: skip
@@ -108,7 +112,7 @@ def packed_attention_backward(
     tokens, heads, width = q.shape
     value_width, key_heads = v.shape[2], k.shape[1]
     grad_q, grad_k, grad_v = (x.new_empty(x.shape) for x in (q, k, v))
-    delta = torch.empty_like(lse)
+    delta = q.new_empty(heads, tokens, dtype=torch.float32)
     if not q.numel():
         return grad_q, grad_k, grad_v, delta
     sizes, options = _sizes(width, value_width), (softcap > 0, window > 0)
@@ -121,11 +125,11 @@ def packed_attention_backward(
             value_width, sizes["BLOCK_VALUE_WIDTH"], DELTA_QUERIES,
         )  # fmt: skip
         kernels.dkv_kernel[key_heads, triton.cdiv(tokens, dkv.keys)](
-            q, k, v, visible_until, positions, grad_out, lse, delta, grad_k, grad_v,
+            q, k, v, visible_until, positions, schedule[4], grad_out, lse, delta, grad_k, grad_v,
             *strides, *numbers, key_heads, heads // key_heads, *options, **sizes, **_launch(dkv),
         )  # fmt: skip
         kernels.dq_kernel[heads, triton.cdiv(tokens, dq.queries)](
-            q, k, v, visible_until, positions, *schedule.unbind(0), grad_out, lse, delta, grad_q,
+            q, k, v, visible_until, positions, *schedule[:4], grad_out, lse, delta, grad_q,
             *strides, *numbers, heads, heads // key_heads, *options, **sizes, **_launch(dq),
         )  # fmt: skip
     return grad_q, grad_k, grad_v, delta
@@ -216,10 +220,13 @@ def _compiled(
     return name, kernel, _signature(kernel, dtype, constants), constants, options
 
 
+_SCHEDULE = "largest_until", "smallest_until", "largest_position", "tree_start", "smallest_position"
+
+
 def _signature(kernel, dtype: str, constants: dict[str, Any]) -> dict[str, str]:
     types = {name: f"*{dtype}:16" for name in ("q", "k", "v", "out", "grad_out", "grad_q", "grad_k", "grad_v")}
     types |= {name: "*fp32:16" for name in ("lse", "delta", "sinks")} | {"scale": "fp32", "softcap": "fp32"}
     types |= dict.fromkeys(("visible_until", "positions"), "*i32:16")
-    types |= dict.fromkeys(("largest_until", "smallest_until", "tree_start"), "*i32")
+    types |= dict.fromkeys(_SCHEDULE, "*i32")
     types |= dict.fromkeys(("window", "T", "heads", "key_heads", "group"), "i32")
     return {name: types.get(name, "i32:16") for name in kernel.arg_names if name not in constants}

@@ -15,28 +15,26 @@ _LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _tile(x, first, token_stride, T, COUNT: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
-    """Addresses [COUNT, BLOCK_WIDTH] of the rows of a head from `first` on, and which of them there are."""
+def _tile(x, first, token_stride, COUNT: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
+    """Rows of a head from `first` on, counted from there, columns, and addresses [COUNT, BLOCK_WIDTH]."""
     row = tl.arange(0, COUNT)[:, None]
     column = tl.arange(0, BLOCK_WIDTH)[None, :]
-    address = x + tl.cast(first, tl.int64) * token_stride + (row * token_stride + column)
-    inside = first + row < T
-    if WIDTH < BLOCK_WIDTH:
-        inside = inside & (column < WIDTH)
-    return address, inside
+    return row, column, x + tl.cast(first, tl.int64) * token_stride + (row * token_stride + column)
 
 
 @triton.jit
 def _load(x, first, token_stride, T, COUNT: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
     """Rows of a head, zeros outside."""
-    address, inside = _tile(x, first, token_stride, T, COUNT, WIDTH, BLOCK_WIDTH)
-    return tl.load(address, mask=inside, other=0.0)
+    row, column, address = _tile(x, first, token_stride, COUNT, BLOCK_WIDTH)
+    inside = row < T - first
+    return tl.load(address, mask=inside if WIDTH == BLOCK_WIDTH else inside & (column < WIDTH), other=0.0)
 
 
 @triton.jit
 def _store(x, value, first, token_stride, T, COUNT: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
-    address, inside = _tile(x, first, token_stride, T, COUNT, WIDTH, BLOCK_WIDTH)
-    tl.store(address, value.to(x.dtype.element_ty), mask=inside)
+    row, column, address = _tile(x, first, token_stride, COUNT, BLOCK_WIDTH)
+    inside = first + row < T  # written otherwise than in _load, or it is kept in registers from there to here
+    tl.store(address, value.to(x.dtype.element_ty), mask=inside if WIDTH == BLOCK_WIDTH else inside & (column < WIDTH))
 
 
 @triton.jit
@@ -67,20 +65,46 @@ def _sees(query, key, mask, WINDOW: tl.constexpr):
 
 
 @triton.jit
-def _first(until, begin, end, bound, ABOVE: tl.constexpr):
-    """The first block of the schedule from token `begin` on whose entry is at least `bound`, or (not ABOVE) is less.
+def _first(found, token, end):
+    """The first token that was found, or `end`."""
+    return tl.min(tl.where(found, token, end), 0)
 
-    It looks at _SPAN blocks and gives the token after them, at most `end`, if there is none.
+
+@triton.jit
+def _run(begin, first_query, end_query, end_key, farthest, schedule, KEYS: tl.constexpr, WINDOW: tl.constexpr):
+    """(begin, full, end) of the next run of keys that some query sees, from `begin` on; before `full`, all see all.
+
+    All are multiples of KEYS, and of _GRAIN but for the end of the last run. A run may be empty; it ends after `begin`.
     """
+    largest_until, smallest_until, largest_position = schedule
     token = begin + tl.arange(0, _SPAN) * _GRAIN
-    entry = tl.load(until + token // _GRAIN, mask=token < end, other=0)
-    found = ((entry >= bound) == ABOVE) & (token < end)
-    return tl.min(tl.where(found, token, tl.minimum(end, begin + _SPAN * _GRAIN)), 0)
+    stop = tl.minimum(begin + _SPAN * _GRAIN, end_key)
+    needed = tl.load(largest_until + token // _GRAIN, mask=token < stop, other=0) > first_query
+    if WINDOW:
+        position = tl.load(largest_position + token // _GRAIN, mask=token < stop, other=0)
+        needed &= (position > farthest) | (token + _GRAIN > first_query)
+    begin = _first(needed, token, stop)
+    end = tl.cdiv(_first((token > begin) & (needed == 0), token, stop), KEYS) * KEYS
+    begin = begin // KEYS * KEYS
+    full = begin
+    if not WINDOW:
+        partial = tl.load(smallest_until + token // _GRAIN, mask=token < stop, other=0) < end_query
+        full = _first((token >= begin) & partial, token, stop)
+        full = tl.maximum(begin, tl.minimum(tl.minimum(full, first_query), end) // KEYS * KEYS)
+    return begin, full, end
+
+
+@triton.jit
+def _farthest(query, tree_start, largest_until, mask):
+    """The largest position before the windows of all queries of the first one's tree."""
+    _, positions, window, _ = mask
+    tree_end = tl.load(largest_until + tree_start // _GRAIN)
+    return tl.min(tl.load(positions + query, mask=query < tree_end, other=2147483647), 0) - window
 
 
 @triton.jit
 def forward_kernel(
-    q, k, v, visible_until, positions, largest_until, smallest_until, tree_start, sinks, out, lse,
+    q, k, v, visible_until, positions, largest_until, smallest_until, largest_position, tree_start, sinks, out, lse,
     q_token, q_head, k_token, k_head, v_token, v_head, scale, softcap, window, T, heads, group,
     SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr, BLOCK_VALUE_WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
@@ -97,15 +121,12 @@ def forward_kernel(
     total = tl.zeros([QUERIES], tl.float32)
     b_out = tl.zeros([QUERIES, BLOCK_VALUE_WIDTH], tl.float32)
     end_key = tl.cdiv(end_query, KEYS) * KEYS
-    needed = _first(largest_until, tl.load(tree_start + first_query // _GRAIN), end_key, first_query + 1, True)
-    while needed < end_key:
-        begin = needed // KEYS * KEYS
-        end = tl.cdiv(_first(largest_until, needed, end_key, first_query + 1, False), KEYS) * KEYS
-        if WINDOW:
-            full = begin
-        else:
-            full = _first(smallest_until, begin, tl.minimum(end, first_query), end_query, False)
-            full = tl.maximum(begin, full) // KEYS * KEYS
+    begin = tl.load(tree_start + first_query // _GRAIN)
+    farthest = _farthest(query, begin, largest_until, mask) if WINDOW else 0
+    schedule = largest_until, smallest_until, largest_position
+    begin = begin // KEYS * KEYS
+    while begin < end_key:
+        begin, full, end = _run(begin, first_query, end_query, end_key, farthest, schedule, KEYS, WINDOW)
         for masked in tl.static_range(2):
             for first_key in range(full if masked else begin, end if masked else full, KEYS):
                 key = first_key + tl.arange(0, KEYS)
@@ -121,7 +142,7 @@ def forward_kernel(
                 b_v = _load(v, first_key, v_token, T, KEYS, VALUE_WIDTH, BLOCK_VALUE_WIDTH)
                 b_out = tl.dot(p.to(b_v.dtype), b_v, b_out * factor[:, None], input_precision="ieee")
                 top = new_top
-        needed = _first(largest_until, end, end_key, first_query + 1, True)
+        begin = end
     if SINKS:
         sink = tl.load(sinks + head).to(tl.float32)
         new_top = tl.maximum(top, sink)
@@ -129,12 +150,14 @@ def forward_kernel(
         total = total * factor + tl.exp2((sink - new_top) * _LOG2E)
         b_out *= factor[:, None]
         top = new_top
-    seen = total > 0
-    b_out = tl.where(seen[:, None], b_out / tl.where(seen, total, 1.0)[:, None], 0.0)
-    b_lse = tl.where(seen, top + tl.log(tl.where(seen, total, 1.0)), float("-inf"))
+    total = tl.where(total == 0, 1.0, total)
+    b_out /= total[:, None]
+    row = tl.arange(0, QUERIES)
+    lse += 2 * head * T + first_query
+    tl.store(lse + row, top, mask=row < T - first_query)
+    tl.store(lse + T + row, tl.log(total), mask=row < T - first_query)
     out += head * VALUE_WIDTH
     _store(out, b_out, first_query, heads * VALUE_WIDTH, T, QUERIES, VALUE_WIDTH, BLOCK_VALUE_WIDTH)
-    tl.store(lse + head * T + query, b_lse, mask=query < T)
 
 
 @triton.jit
@@ -153,13 +176,13 @@ def delta_kernel(
 
 @triton.jit
 def _score_gradient(
-    a, b, grad_a, grad_b, lse, delta, query, key, mask, scale, softcap,
+    a, b, grad_a, grad_b, top, log_total, delta, query, key, mask, scale, softcap,
     SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """(p, ds), both [queries, keys] float32, or transposed with all operands changed over."""
+    """(p, ds), both [queries, keys] float32, or transposed with all operands changed over; log_total is in base 2."""
     s = _scores(a, b, scale, softcap, SOFTCAP)
     shown = tl.where(_sees(query, key, mask, WINDOW), s, float("-inf")) if MASKED else s
-    p = tl.exp2((shown - lse) * _LOG2E)
+    p = tl.exp2((shown - top) * _LOG2E - log_total)
     ds = p * (tl.dot(grad_a, tl.trans(grad_b), input_precision="ieee") - delta)
     if SOFTCAP:
         ds *= _slope(s, softcap)
@@ -167,16 +190,21 @@ def _score_gradient(
 
 
 @triton.jit
-def _rows_of(lse, delta, query, T):
-    """lse and delta; queries that see nothing or aren't there get an lse that makes p 0."""
-    b_lse = tl.load(lse + query, mask=query < T, other=float("-inf"))
-    b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse)
-    return b_lse, tl.load(delta + query, mask=query < T, other=0.0)
+def _rows_of(lse, delta, head, first, T, QUERIES: tl.constexpr):
+    """The two parts of lse, the second in base 2, and delta; queries that see nothing or aren't there get a p of 0."""
+    row = tl.arange(0, QUERIES)
+    inside = first + row < T
+    lse += 2 * (head * T) + first
+    top = tl.load(lse + row, mask=inside, other=float("-inf"))
+    top = tl.where(top == float("-inf"), float("inf"), top)
+    log_total = tl.load(lse + T + row, mask=inside, other=0.0) * _LOG2E
+    return top, log_total, tl.load(delta + head * T + first + row, mask=inside, other=0.0)
 
 
 @triton.jit
 def dq_kernel(
-    q, k, v, visible_until, positions, largest_until, smallest_until, tree_start, grad_out, lse, delta, grad_q,
+    q, k, v, visible_until, positions, largest_until, smallest_until, largest_position, tree_start,
+    grad_out, lse, delta, grad_q,
     q_token, q_head, k_token, k_head, v_token, v_head, grad_token, grad_head, scale, softcap, window, T, heads, group,
     SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr, BLOCK_VALUE_WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
@@ -188,38 +216,46 @@ def dq_kernel(
     b_q = _load(q + head * q_head, first_query, q_token, T, QUERIES, WIDTH, BLOCK_WIDTH)
     grad_out += head * grad_head
     b_grad = _load(grad_out, first_query, grad_token, T, QUERIES, VALUE_WIDTH, BLOCK_VALUE_WIDTH)
-    b_lse, b_delta = _rows_of(lse + head * T, delta + head * T, query, T)
+    b_top, b_log, b_delta = _rows_of(lse, delta, head, first_query, T, QUERIES)
     k += head // group * k_head
     v += head // group * v_head
     mask = visible_until, positions, window, T
     dq = tl.zeros([QUERIES, BLOCK_WIDTH], tl.float32)
     end_key = tl.cdiv(end_query, KEYS) * KEYS
-    needed = _first(largest_until, tl.load(tree_start + first_query // _GRAIN), end_key, first_query + 1, True)
-    while needed < end_key:
-        begin = needed // KEYS * KEYS
-        end = tl.cdiv(_first(largest_until, needed, end_key, first_query + 1, False), KEYS) * KEYS
-        if WINDOW:
-            full = begin
-        else:
-            full = _first(smallest_until, begin, tl.minimum(end, first_query), end_query, False)
-            full = tl.maximum(begin, full) // KEYS * KEYS
+    begin = tl.load(tree_start + first_query // _GRAIN)
+    farthest = _farthest(query, begin, largest_until, mask) if WINDOW else 0
+    schedule = largest_until, smallest_until, largest_position
+    begin = begin // KEYS * KEYS
+    while begin < end_key:
+        begin, full, end = _run(begin, first_query, end_query, end_key, farthest, schedule, KEYS, WINDOW)
         for masked in tl.static_range(2):
             for first_key in range(full if masked else begin, end if masked else full, KEYS):
                 key = first_key + tl.arange(0, KEYS)
                 b_k = _load(k, first_key, k_token, T, KEYS, WIDTH, BLOCK_WIDTH)
                 b_v = _load(v, first_key, v_token, T, KEYS, VALUE_WIDTH, BLOCK_VALUE_WIDTH)
                 _, ds = _score_gradient(
-                    b_q, b_k, b_grad, b_v, b_lse[:, None], b_delta[:, None], query[:, None], key[None, :], mask,
-                    scale, softcap, SOFTCAP, WINDOW, masked,
+                    b_q, b_k, b_grad, b_v, b_top[:, None], b_log[:, None], b_delta[:, None], query[:, None],
+                    key[None, :], mask, scale, softcap, SOFTCAP, WINDOW, masked,
                 )  # fmt: skip
                 dq = tl.dot(ds.to(b_k.dtype), b_k, dq, input_precision="ieee")
-        needed = _first(largest_until, end, end_key, first_query + 1, True)
+        begin = end
     _store(grad_q + head * WIDTH, dq * scale, first_query, heads * WIDTH, T, QUERIES, WIDTH, BLOCK_WIDTH)
 
 
 @triton.jit
+def _window_end(begin, end, position, window, smallest_position):
+    """Where the last block of the schedule ends that has a query whose window reaches back to `position`."""
+    last = begin
+    for first in range(begin // _GRAIN * _GRAIN, end, _SPAN * _GRAIN):
+        token = first + tl.arange(0, _SPAN) * _GRAIN
+        smallest = tl.load(smallest_position + token // _GRAIN, mask=token < end, other=0)
+        last = tl.maximum(last, tl.max(tl.where((token < end) & (smallest - position < window), token + _GRAIN, 0), 0))
+    return tl.minimum(last, end)
+
+
+@triton.jit
 def dkv_kernel(
-    q, k, v, visible_until, positions, grad_out, lse, delta, grad_k, grad_v,
+    q, k, v, visible_until, positions, smallest_position, grad_out, lse, delta, grad_k, grad_v,
     q_token, q_head, k_token, k_head, v_token, v_head, grad_token, grad_head, scale, softcap, window, T, key_heads,
     group,
     SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr,
@@ -232,13 +268,17 @@ def dkv_kernel(
     b_v = _load(v + key_head * v_head, first_key, v_token, T, KEYS, VALUE_WIDTH, BLOCK_VALUE_WIDTH)
     until = tl.load(visible_until + key, mask=key < T, other=0)
     last, all_until = tl.max(until, 0), tl.min(until, 0)
+    if WINDOW:
+        last = _window_end(
+            first_key, last, tl.max(tl.load(positions + key, mask=key < T, other=0), 0), window, smallest_position
+        )
     full = tl.minimum(first_key + tl.cdiv(KEYS, QUERIES) * QUERIES, last)
     skip = 0 if WINDOW else tl.maximum(all_until - full, 0) // QUERIES * QUERIES  # from `full` on, all see all
     mask = visible_until, positions, window, T
     dk = tl.zeros([KEYS, BLOCK_WIDTH], tl.float32)
     dv = tl.zeros([KEYS, BLOCK_VALUE_WIDTH], tl.float32)
     for member in range(0, group):
-        head = key_head * group + member
+        head = (tl.program_id(0) * group + member).to(tl.int64)
         for masked in tl.static_range(2):
             for place in range(first_key if masked else full, last - skip if masked else full + skip, QUERIES):
                 first_query = tl.where(place < full, place, place + skip) if masked else place
@@ -247,10 +287,10 @@ def dkv_kernel(
                 b_grad = _load(
                     grad_out + head * grad_head, first_query, grad_token, T, QUERIES, VALUE_WIDTH, BLOCK_VALUE_WIDTH
                 )
-                b_lse, b_delta = _rows_of(lse + head * T, delta + head * T, query, T)
+                b_top, b_log, b_delta = _rows_of(lse, delta, head, first_query, T, QUERIES)
                 p, ds = _score_gradient(
-                    b_k, b_q, b_v, b_grad, b_lse[None, :], b_delta[None, :], query[None, :], key[:, None], mask,
-                    scale, softcap, SOFTCAP, WINDOW, masked,
+                    b_k, b_q, b_v, b_grad, b_top[None, :], b_log[None, :], b_delta[None, :], query[None, :],
+                    key[:, None], mask, scale, softcap, SOFTCAP, WINDOW, masked,
                 )  # fmt: skip
                 dv = tl.dot(p.to(b_q.dtype), b_grad, dv, input_precision="ieee")
                 dk = tl.dot(ds.to(b_q.dtype), b_q, dk, input_precision="ieee")

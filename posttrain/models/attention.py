@@ -69,8 +69,8 @@ def _check_positions(position_ids: Tensor | None, layout: PackedLayout) -> None:
     """Refuses the positions that a model makes up where it is given none, unless they are the layout's."""
     if position_ids is None or not position_ids.is_cpu or torch.compiler.is_compiling():
         return
-    given = position_ids.flatten().long()
-    if torch.equal(given, torch.arange(layout.num_tokens)) and not torch.equal(given, layout.positions.long()):
+    restart = layout.restart
+    if restart is not None and position_ids.flatten()[restart : restart + 1].tolist() == [restart]:
         raise ValueError(
             f"the positions of these {layout.num_tokens} tokens run on from 0, and those of {layout} restart; "
             "give position_ids=layout.positions.long()[None] with layout"
@@ -108,6 +108,8 @@ def _checked(
 ) -> Tensor | None:
     """The mask for "sdpa", if it doesn't come from the caller and attention doesn't look ahead."""
     whole = query.shape[2] == key.shape[2] > 1
+    if mask is not None and whole and mask.shape[-1] != key.shape[2]:
+        raise ValueError(f"the attention_mask is for {mask.shape[-1]} tokens in a row, and there are {key.shape[2]}")
     if mask is not None and (mask.dtype != torch.bool or whole) and not torch.compiler.is_compiling():
         raise ValueError(
             f"attention 'posttrain' takes no masks of four dimensions, got {list(mask.shape)} {mask.dtype}; "

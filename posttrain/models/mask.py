@@ -97,13 +97,17 @@ def packed_mask(
 
     A `PackedMask`; for queries that follow a cache (one of fixed size says with a tensor, how many keys it holds), and
     while torch.compile traces, what "sdpa" gets. Raises `ValueError` for a mask that a model makes of a function of
-    its own.
+    its own, and for a padding mask of another size than the tokens.
     """
     if isinstance(attention_mask, PackedMask):
         return attention_mask
     whole = q_length == kv_length and kv_offset == 0 and isinstance(q_offset, int) and q_offset == 0
-    fitting = attention_mask is None or attention_mask.shape == (batch_size, q_length)
-    if whole and fitting and not torch.compiler.is_compiling():
+    if whole and not torch.compiler.is_compiling():
+        if attention_mask is not None and attention_mask.shape != (batch_size, q_length):
+            raise ValueError(
+                f"the attention_mask of {batch_size} rows of {q_length} tokens must be [{batch_size}, {q_length}], "
+                f"got {list(attention_mask.shape)}"
+            )
         if use_vmap:
             raise ValueError(
                 "attention 'posttrain' has no masks of a model's own; use attn_implementation='sdpa' for this model"

@@ -129,6 +129,12 @@ class PackedLayout:
         inside[[start - 1 for start in self.segment_starts if 0 < start < self.num_tokens]] = False
         return bool((steps == 1)[inside[:-1]].all())
 
+    @cached_property
+    def restart(self) -> int | None:
+        """The first token whose position isn't its index, or None: on the host, so this waits for a GPU."""
+        others = np.flatnonzero(self.positions.cpu().numpy() != np.arange(self.num_tokens))
+        return int(others[0]) if len(others) else None
+
     @property
     def independent(self) -> bool:
         """Whether every segment is a sequence of its own, seeing only itself."""
@@ -136,16 +142,19 @@ class PackedLayout:
 
     @cached_property
     def schedule(self) -> Tensor:
-        """For blocks of `BLOCK` tokens, int32 `[3, blocks]`.
+        """For blocks of `BLOCK` tokens, int32 `[5, blocks]`.
 
-        The rows are the largest `visible_until`, the smallest, and the start of the first token's tree. Computed once,
-        on the device, without synchronising it; zeros fill it up to a multiple of 4 blocks.
+        The rows are the largest `visible_until`, the smallest, the largest position, the first token of the block in
+        which the first token's tree starts, and the smallest position. Computed once, on the device, without
+        synchronising it; zeros fill it up to a multiple of 4 blocks.
         """
-        until = torch.nn.functional.pad(self.visible_until, (0, -self.num_tokens % (4 * BLOCK)))
+        fill = (0, -self.num_tokens % (4 * BLOCK))
+        until, positions = (torch.nn.functional.pad(x, fill) for x in (self.visible_until, self.positions))
         index = torch.arange(len(until), dtype=torch.int32, device=until.device)
         starts = torch.where(until.cummax(0).values.roll(1) <= index, index, 0) if len(until) else until
-        blocks = until.view(-1, BLOCK)
-        return torch.stack([blocks.amax(1), blocks.amin(1), starts.cummax(0).values[::BLOCK]])
+        until, positions = until.view(-1, BLOCK), positions.view(-1, BLOCK)
+        tree_start = starts.cummax(0).values[::BLOCK] // BLOCK * BLOCK
+        return torch.stack([until.amax(1), until.amin(1), positions.amax(1), tree_start, positions.amin(1)])
 
     @cached_property
     def varlen(self) -> Varlen:

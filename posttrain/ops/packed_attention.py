@@ -124,9 +124,10 @@ def _forward(
     softcap: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """(o, lse `[Hq, T]`); window and softcap are 0 for none, the schedule only Triton's.
+    """(o, lse); window and softcap are 0 for none, the schedule only Triton's.
 
-    The CPU's lse is float64, so that probabilities keep their digits in the backward however large the scores are.
+    So that probabilities keep their digits in the backward however large the scores are, the CPU's lse is float64,
+    `[Hq, T]`, and Triton's is `[Hq, 2, T]`: two float32 that add up to it.
     """
     if backend == "triton":
         from posttrain.kernels.packed_attention import packed_attention_forward
@@ -136,7 +137,10 @@ def _forward(
 
 
 def _fake(q, k, v, visible_until, positions, schedule, sinks, scale, window, softcap, backend):
-    lse = q.new_empty(q.shape[1], len(q), dtype=torch.float64 if backend == "cpu" else _wide(q.dtype))
+    if backend == "triton":
+        lse = q.new_empty(q.shape[1], 2, len(q), dtype=torch.float32)
+    else:
+        lse = q.new_empty(q.shape[1], len(q), dtype=torch.float64)
     return q.new_empty(len(q), q.shape[1], v.shape[2]), lse
 
 
@@ -154,7 +158,8 @@ def _backward(ctx, grad_out, grad_lse):
     *grads, delta = _packed_attention_backward(grad_out, *tensors, out, lse, *ctx.options)
     grad_sinks = None
     if sinks is not None and ctx.needs_input_grad[6]:
-        grad_sinks = packed_flash.sinks_gradient(sinks, lse, delta)
+        whole = lse.double().sum(1) if lse.ndim == 3 else lse
+        grad_sinks = packed_flash.sinks_gradient(sinks, whole, delta)
     return *grads, None, None, None, grad_sinks, None, None, None, None
 
 
@@ -184,7 +189,7 @@ def _gradient(
 
 
 def _fake_gradient(grad_out, q, k, v, visible_until, positions, schedule, out, lse, scale, window, softcap, backend):
-    return *(x.new_empty(x.shape) for x in (q, k, v)), lse.new_empty(lse.shape, dtype=_wide(q.dtype))
+    return *(x.new_empty(x.shape) for x in (q, k, v)), q.new_empty(q.shape[1], len(q), dtype=_wide(q.dtype))
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -6,7 +6,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tolerance import assert_true_to, check, gradients
+from plain_attention import plain_attention
+from tolerance import check, gradients
 from torch import Tensor
 
 from posttrain import ops
@@ -69,13 +70,24 @@ def test_output_gradients_without_strides_and_with_gaps(triton_device) -> None:
 
 
 @pytest.mark.parametrize("level", [1e4, -1e4])
-def test_outputs_for_scores_of_ten_thousand(level, triton_device) -> None:
-    """Whole numbers apart, so that many keys matter and only the softmax can err."""
+def test_scores_of_ten_thousand(level, triton_device) -> None:
+    """Whole numbers apart, so that many keys matter and only the softmax can err.
+
+    The column that lifts them gets no gradient: its factor 100 would also lift the rounding of sums that cancel.
+    """
     layout = PackedLayout.from_forest([10, 7, 6, 9], [-1, 0, 0, -1], device=triton_device)
     q, k, v = operands(32, 4, 2, 8, triton_device)
-    q, k = (torch.cat([x.round(), torch.full_like(x[..., :1], last)], -1) for x, last in ((q, level / 100), (k, 100)))
-    op, truth = both(layout, scale=1.0)
-    assert_true_to(op(q, k, v), truth(*(x.double() for x in (q, k, v))))
+    sinks = torch.tensor([level - 2, level, level + 2, 0.0], device=triton_device)
+
+    def lifted(function):
+        def call(q, k, v, sinks):
+            q = torch.cat([q, torch.full_like(q[..., :1], level / 100)], -1)
+            k = torch.cat([k, torch.full_like(k[..., :1], 100)], -1)
+            return function(q, k, v, sinks)
+
+        return call
+
+    check(*(lifted(function) for function in both(layout, scale=1.0)), [q.round(), k.round(), v, sinks])
 
 
 def test_sinks(triton_device) -> None:
@@ -99,6 +111,46 @@ def test_any_blocks(queries, keys, window, monkeypatch, triton_device) -> None:
     check(*both(layout, window=window), operands(layout.num_tokens, 1, 1, 16, triton_device))
 
 
+def test_runs_that_begin_within_a_block_of_the_schedule(monkeypatch, triton_device) -> None:
+    """The second sequence begins at 48, and after its first branch keys from 96 on are seen again."""
+    for table in ("FLOAT_FORWARD", "FLOAT_DKV", "FLOAT_DQ"):
+        monkeypatch.setattr(kernels, table, {64: kernels.Blocks(16, 16, 4, 1)})
+    layout = PackedLayout.from_forest([48, 12, 36, 80], [-1, -1, 1, 1], device=triton_device)
+    check(*both(layout), operands(176, 1, 1, 16, triton_device))
+
+
+@pytest.mark.parametrize("window", [1, 40, 2**31 - 1])
+def test_windows_in_trees(window, triton_device) -> None:
+    layout = PackedLayout.from_forest([90, 70, 40, 5, 36], [-1, 0, 0, -1, 3], device=triton_device)
+    check(*both(layout, window=window), operands(layout.num_tokens, 1, 1, 16, triton_device))
+
+
+def test_what_no_window_reaches_is_not_read(triton_device) -> None:
+    """NaN would spread to whatever multiplies it by 0."""
+    layout = PackedLayout.from_forest([160, 96, 64], [-1, 0, 0], device=triton_device)
+    q, k, v = operands(320, 1, 1, 16, triton_device)
+    v[:96] = torch.nan
+    out, (grad_q, _, _) = gradients(both(layout, window=16)[0], [q, k, v])
+    assert out[0][128:].isfinite().all() and grad_q[128:].isfinite().all() and out[0][:96].isnan().all()
+    v[:96] = 0
+    v.requires_grad_(), k.requires_grad_()
+    out = ops.packed_attention(q, k, v, layout, window=16)
+    incoming = torch.where(torch.arange(320, device=triton_device)[:, None, None] < 288, 1.0, torch.nan).expand_as(out)
+    for grad in torch.autograd.grad(out, (k, v), incoming):
+        assert grad[:96].isfinite().all() and grad[288:].isnan().all()
+
+
+def test_not_a_number_in_queries_and_keys(triton_device) -> None:
+    """It reaches the outputs that it is a part of, and no others."""
+    layout = PackedLayout.from_forest([10, 7, 6, 9], [-1, 0, 0, -1], device=triton_device)
+    q, k, v = operands(32, 1, 1, 16, triton_device)
+    q[3] = torch.nan
+    k[12] = torch.nan
+    reached = ops.packed_attention(q, k, v, layout).isnan().all(2).any(1)
+    assert reached.nonzero().flatten().tolist() == [3, *range(12, 17)]
+    assert ops.packed_attention(q, k, v, layout)[~reached].isfinite().all()
+
+
 @pytest.mark.parametrize("heads, key_heads", [(70, 10), (7, 1), (5, 5)])
 def test_numbers_of_heads(heads, key_heads, triton_device) -> None:
     layout = PackedLayout.from_forest([7, 5, 2], [-1, 0, 0], device=triton_device)
@@ -119,17 +171,7 @@ def test_half_precision(dtype, triton_device) -> None:
         pytest.skip("Triton's interpreter multiplies the bits of bfloat16")
     layout = PackedLayout.from_lengths([40, 9], device=triton_device)
     op, truth = both(layout)
-    check(op, truth, operands(49, 2, 2, 16, triton_device, dtype), plain)
-
-
-def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """PyTorch's way in the dtype of its inputs, one sequence at a time."""
-    outputs = []
-    for part in zip(*(x.split([40, 9]) for x in (q, k, v)), strict=True):
-        scores = torch.einsum("qhd,khd->hqk", part[0], part[1]) * q.shape[-1] ** -0.5
-        hidden = torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device).triu(1)
-        outputs.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), part[2]))
-    return torch.cat(outputs)
+    check(op, truth, operands(49, 2, 2, 16, triton_device, dtype), partial(plain_attention, layout=layout))
 
 
 def test_runs_repeat_bit_for_bit(triton_device) -> None:

@@ -280,6 +280,19 @@ def test_attention_weights_are_refused():
         model(ids_of(1, 5))
 
 
+@pytest.mark.parametrize("shape", [(1, 4), (1, 7), (2, 5)], ids=str)
+def test_padding_masks_of_another_size_are_refused(shape):
+    mask = torch.ones(shape)
+    mask[:, 0] = 0
+    message = rf"of 1 rows of 5 tokens must be \[1, 5\], got \[{shape[0]}, {shape[1]}\]"
+    with pytest.raises(ValueError, match=message):
+        posttrain_model()(ids_of(1, 5), attention_mask=mask)
+    if shape[1] != 5:
+        message = f"attention_mask is for {shape[1]} tokens in a row, and there are 5"
+    with pytest.raises(ValueError, match=message):
+        posttrain_model()(ids_of(1, 5), attention_mask=mask, use_cache=False)
+
+
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
 def test_masks_of_four_dimensions_are_refused(dtype):
     own = torch.ones(1, 1, 5, 5).tril().to(dtype)

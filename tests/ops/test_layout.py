@@ -53,16 +53,19 @@ def test_a_token_sees_its_segment_before_it_and_the_ancestors(forest) -> None:
 @given(forests(segments=12, length=60))
 def test_the_schedule_bounds_what_a_block_sees(forest) -> None:
     layout = PackedLayout.from_forest(*forest)
-    largest, smallest, tree_start = layout.schedule
+    largest, smallest, largest_position, tree_start, smallest_position = layout.schedule
     assert len(largest) % 4 == 0 and len(largest) * BLOCK >= layout.num_tokens
-    until = layout.visible_until.tolist()
+    until, positions = layout.visible_until.tolist(), layout.positions.tolist()
     for block, first in enumerate(range(0, layout.num_tokens, BLOCK)):
+        whole = first + BLOCK <= layout.num_tokens
         assert largest[block] == max(until[first : first + BLOCK])
-        assert smallest[block] == (min(until[first : first + BLOCK]) if first + BLOCK <= layout.num_tokens else 0)
+        assert smallest[block] == (min(until[first : first + BLOCK]) if whole else 0)
+        assert largest_position[block] == max(positions[first : first + BLOCK])
+        assert smallest_position[block] == (min(positions[first : first + BLOCK]) if whole else 0)
         start = first
         while start > 0 and max(until[:start]) > start:
             start -= 1
-        assert tree_start[block] == start
+        assert tree_start[block] == start // BLOCK * BLOCK
 
 
 @pytest.mark.parametrize(
