@@ -60,14 +60,19 @@ class Comparison:
 
 
 def interleave(
-    functions: Mapping[str, Callable[[], object]], baseline: str, rounds: int = 15, min_seconds: float = 0.005
+    functions: Mapping[str, Callable[[], object]],
+    baseline: str,
+    rounds: int = 15,
+    min_seconds: float = 0.005,
+    keep_freed_memory: bool = True,
 ) -> Comparison:
     """Time `functions`, each of which takes no argument, against the one named `baseline`.
 
     A sample is one call, or as many calls as last `min_seconds`. Every function is called before, twice if a call
-    takes less than a second.
+    takes less than a second. Once freed memory is kept, it is for the rest of the process.
     """
-    _keep_freed_memory()
+    if keep_freed_memory:
+        _keep_freed_memory()
     if baseline not in functions:
         raise ValueError(f"interleave: no function named {baseline!r} among {', '.join(functions)}")
     calls = {}

@@ -327,7 +327,7 @@ def _adapter_gradient(
     lora_bs = [flat_b(layers[i], wide) for i in bundle.layers]
     grad_bs = [torch.zeros_like(lora_b.T, memory_format=torch.contiguous_format) for lora_b in lora_bs]
     width = max(x.shape[1], *(layers[i].height for i in bundle.layers))
-    for rows in _tiles(len(x), width):
+    for rows in _tiles(len(x), width, x.dtype == wide and bundle.dropped is None):
         tile = bundle.source(x, rows)
         u = tile @ bundle.lora_a.T
         for i, columns, lora_b, grad_b in zip(bundle.layers, bundle.columns, lora_bs, grad_bs, strict=True):
