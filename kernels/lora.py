@@ -49,7 +49,7 @@ BLOCKS = {
     100: Blocks(128, 128, 64, 8, 3),
     120: Blocks(128, 128, 32, 8, 3),
 }
-INTERPRETER_BLOCKS = Blocks(32, 32, 32, 4, 1)
+SMALL_BLOCKS = Blocks(32, 32, 32, 4, 1)  # for the interpreter and, where a test fuses it, float32
 SPLIT_ROWS, PROGRAMS = 512, 512  # of the gradients of A and B: at least, of a split; about, in all
 
 
@@ -95,7 +95,7 @@ def input_gradient(
             factor = None if lora_a is None or add else lora_a.T
             _extended(grad[:, rows], slab.T, None if add else low, factor, None, grad_x, add)
             add = True
-    return grad_x
+    return grad_x if add else grad_x.zero_()
 
 
 def fused(x: Tensor) -> bool:
@@ -228,14 +228,12 @@ def _columns(layers: tuple[tuple[tuple[float, ...], int], ...], device: torch.de
     """(factor, adapter) of each column of u, for the factors and the ranks E R of layers."""
     scale = [s for factors, rank in layers for s in factors for _ in range(rank // len(factors))]
     owner = [e for factors, rank in layers for e in range(len(factors)) for _ in range(rank // len(factors))]
-    return torch.tensor(scale, dtype=torch.float32, device=device), torch.tensor(
-        owner, dtype=torch.int64, device=device
-    )
+    return torch.tensor(scale, device=device).float(), torch.tensor(owner, device=device).long()
 
 
 def _blocks(x: Tensor) -> Blocks:
-    """Tile sizes: they depend on the device, never on the number of rows."""
-    return BLOCKS[_newest(BLOCKS, x)] if x.is_cuda else INTERPRETER_BLOCKS
+    """Tile sizes: they depend on the device and the dtype, never on the number of rows."""
+    return BLOCKS[_newest(BLOCKS, x)] if x.is_cuda and x.dtype != torch.float32 else SMALL_BLOCKS
 
 
 def _newest(table: dict[int, Any], x: Tensor) -> int:
@@ -257,48 +255,47 @@ def _on(x: Tensor):
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
-def ahead_of_time() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
+_Entry = tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]
+
+
+def ahead_of_time() -> Iterator[_Entry]:
     """The kernels with their production block sizes, for tests/kernels/aot.py."""
-    half, index = (torch.empty(4096, 4096, dtype=dtype, device="meta") for dtype in (torch.bfloat16, torch.int64))
-    ragged = half[:4080, :4080]
-    shapes = {"y": (half, half, 16), "dx": (half, half.T, 64), "ragged dx": (ragged, ragged.T, 16)}
-    for capability, name in [*product((80, 89, 90, 100, 120), ("y", "dx")), (80, "ragged dx"), (90, "ragged dx")]:
+    half = torch.empty(4096, 4096, dtype=torch.bfloat16, device="meta")
+    ragged, single = half[:4080, :4080], half.float()
+    for capability in (80, 89, 90, 100, 120):
         b = BLOCKS[max(known for known in BLOCKS if known <= capability)]
-        x, weight, rank = shapes[name]
-        bias = half[0] if name == "y" else None
-        arguments = _arguments(x, weight, half[:, :rank], weight[:, :rank], bias, half, bias is None, b)
-        yield _entry(kernels.extended_kernel, name, arguments, capability=capability)
-    mixed, same, single = (half, torch.float32, 64), (half, torch.bfloat16, 64), (half.float(), torch.float32, 64)
-    cases = [*product((80, 90), (mixed, same, single)), (100, mixed), (120, mixed)]
-    for capability, (x, dtype, rank) in cases:
-        low = torch.empty(4096, rank, dtype=dtype, device="meta")
-        arguments = {
-            "x_ptr": x,
-            "dropped_ptr": half.to(torch.uint8),
-            "factor_ptr": low,
-            "low_ptr": low,
-            "scale_ptr": low.float(),
-            "owner_ptr": index,
-            "adapter_ptr": index,
-            "out_ptr": low,
-            "T": 1,
-            "split_rows": SPLIT_ROWS,
-            "factor_depth": 1,
-            "BLOCK_R": _rank_block(rank, dtype),
-            "BLOCK_K": _depth(dtype),
-            "HALF": _mixed(x, low),
-        }
-        arguments |= dict.fromkeys(("K", "R", "x_stride", "low_stride", "factor_stride", "out_stride"), 64)
-        for kernel, sizes in ((kernels.low_rank_kernel, kernels.LOW_RANK), (kernels.outer_kernel, kernels.OUTER)):
-            given = {
-                name: value for name, value in (arguments | sizes).items() if name in (*kernel.arg_names, "num_stages")
-            }
-            yield _entry(kernel, f"{x.dtype} {dtype}", given, capability=capability)
+        yield _extended_entry("y", half, half, 16, b, capability)
+        yield _extended_entry("dx", half, half.T, 64, b, capability)
+        if capability in (80, 90):
+            yield _extended_entry("ragged dx", ragged, ragged.T, 16, b, capability)
+    yield _extended_entry("float32", single, single, 16, SMALL_BLOCKS, 120)
+    mixed, same, wide = (half, torch.float32), (half, torch.bfloat16), (single, torch.float32)
+    for capability, (x, dtype) in [*product((80, 90), (mixed, same, wide)), (100, mixed), (120, mixed)]:
+        yield from _rank_entries(x, torch.empty(4096, 64, dtype=dtype, device="meta"), capability)
 
 
-def _entry(
-    kernel, name: str, arguments: dict[str, Any], **options: int
-) -> tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]:
+def _extended_entry(name: str, x: Tensor, weight: Tensor, rank: int, b: Blocks, capability: int) -> _Entry:
+    bias = None if "dx" in name else x[0]
+    arguments = _arguments(x, weight, x[:, :rank], weight[:, :rank], bias, x, bias is None, b)
+    return _entry(kernels.extended_kernel, name, arguments, capability=capability)
+
+
+def _rank_entries(x: Tensor, low: Tensor, capability: int) -> Iterator[_Entry]:
+    """With dropout and several adapters."""
+    index = torch.empty(16, dtype=torch.int64, device="meta")
+    arguments: dict[str, Any] = {"x_ptr": x, "dropped_ptr": x.to(torch.uint8), "owner_ptr": index, "adapter_ptr": index}
+    arguments |= {"factor_ptr": low, "low_ptr": low, "scale_ptr": low.float(), "T": 1, "split_rows": SPLIT_ROWS}
+    arguments |= {"BLOCK_R": _rank_block(64, low.dtype), "BLOCK_K": _depth(low.dtype), "HALF": _mixed(x, low)}
+    arguments |= dict.fromkeys(("K", "R", "x_stride", "low_stride", "factor_stride", "out_stride"), 64)
+    arguments |= {"factor_depth": 1}
+    low_rank_arguments = arguments | kernels.LOW_RANK | {"out_ptr": low}
+    outer_arguments = arguments | kernels.OUTER | {"out_ptr": low.float()}
+    for kernel, given in ((kernels.low_rank_kernel, low_rank_arguments), (kernels.outer_kernel, outer_arguments)):
+        chosen = {name: value for name, value in given.items() if name in (*kernel.arg_names, "num_stages")}
+        yield _entry(kernel, f"{x.dtype} {low.dtype}", chosen, capability=capability)
+
+
+def _entry(kernel, name: str, arguments: dict[str, Any], **options: int) -> _Entry:
     """One entry, for a launch with these arguments."""
     options |= {name: arguments.pop(name) for name in ("num_warps", "num_stages") if name in arguments}
     scalars = ("T", "M", "N", "K", "R")
