@@ -69,14 +69,15 @@ struct Lines {
   const T* operator[](int64_t i) const { return data + i * stride; }
 };
 
-// Lines anywhere: those of B as in Lines, and the numbers A[c, i] = lines[c][i].
+// Lines anywhere, from their element `first` on: those of B as in Lines, and the numbers A[c, i] = lines[c][first + i].
 template <class T>
 struct LinePointers {
   const T* const* lines;
+  int64_t first;
 
-  const T* operator[](int64_t i) const { return lines[i]; }
-  T operator()(int64_t c, int64_t i) const { return lines[c][i]; }
-  LinePointers from(int64_t c) const { return {lines + c}; }
+  const T* operator[](int64_t i) const { return lines[i] + first; }
+  T operator()(int64_t c, int64_t i) const { return lines[c][first + i]; }
+  LinePointers from(int64_t c) const { return {lines + c, first}; }
 };
 
 template <class T, int C, int R, bool kAdd, class A, class B>
@@ -148,13 +149,13 @@ void copy_line(const T* from, int64_t size, T factor, T* to) {
   for (int64_t d = size; d < padded<T>(size); ++d) to[d] = T(0);
 }
 
-// v[i][r] = row(r)[i] * factor for r < rows and i < size, at most whole vectors, else 0.
+// v[i][r] = row(r)[i] for r < rows and i < size, at most whole vectors, else 0.
 template <class T, class Row>
-inline void load_turned(Row row, int64_t rows, int64_t size, T factor, Vec<T>* v) {
+inline void load_turned(Row row, int64_t rows, int64_t size, Vec<T>* v) {
   for (int r = 0; r < Lanes<T>::n; ++r)
     v[r] = r >= rows                ? splat(T(0))
-           : size >= Lanes<T>::n ? load(row(r)) * factor
-                                 : load_part(row(r), int(size), T(0)) * factor;
+           : size >= Lanes<T>::n ? load(row(r))
+                                 : load_part(row(r), int(size), T(0));
   turn<T>(v);
 }
 
@@ -165,8 +166,8 @@ void transpose(Row row, int64_t rows, int64_t size, T factor, T* to, int64_t str
   for (int64_t r = 0; r < rows; r += n)
     for (int64_t d = 0; d < size; d += n) {
       Vec<T> v[n];
-      load_turned([&](int64_t i) { return row(r + i) + d; }, rows - r, size - d, factor, v);
-      for (int i = 0; i < n && d + i < size; ++i) store(to + (d + i) * stride + r, v[i]);
+      load_turned<T>([&](int64_t i) { return row(r + i) + d; }, rows - r, size - d, v);
+      for (int i = 0; i < n && d + i < size; ++i) store(to + (d + i) * stride + r, v[i] * factor);
     }
 }
 

@@ -158,8 +158,8 @@ void output_products(const Attention<T>& f, const AttentionGradients<T>& g, int6
     Vec<T> sums = {};
     for (int64_t d = 0; d < f.value_width; d += n) {
       Vec<T> a[n], b[n];
-      load_turned([&](int64_t h) { return grad + h * g.grad_out.head + d; }, heads, f.value_width - d, T(1), a);
-      load_turned([&](int64_t h) { return out + h * f.value_width + d; }, heads, f.value_width - d, T(1), b);
+      load_turned<T>([&](int64_t h) { return grad + h * g.grad_out.head + d; }, heads, f.value_width - d, a);
+      load_turned<T>([&](int64_t h) { return out + h * f.value_width + d; }, heads, f.value_width - d, b);
       for (int i = 0; i < n; ++i) sums += a[i] * b[i];
     }
     for (int64_t h = 0; h < n && h < heads; ++h) g.delta[(head + h) * f.tokens + token] = sums[h];

@@ -1,15 +1,16 @@
 // Attention over a paged cache (posttrain/ops/paged_attention.py has the formulas).
 //
-// A *panel* is up to kRows rows: the queries of some slices under the heads of a group, [queries][heads]. Its slices
-// begin with the same pages; all its rows go through the blocks of keys that are common to all, then each branch of
-// slices through what is common to it, at last each slice through its own: a key is read once for all rows it is shared
-// by. A row goes through blocks of kKeys keys, aligned to positions, in order, and the arithmetic of a row depends
-// neither on the other rows nor on their number. So a query's result has the same bits whatever is in the batch, and
-// whether its sequence is computed in one piece or token by token; for a sequence whose keys packed attention takes in
-// the same blocks, as it does in a pack without shared prompts, they are packed attention's.
+// A *panel* is up to kRows rows: the queries of some slices under the heads of some groups, [key heads][queries][heads].
+// Its slices begin with the same pages; all its rows go through the blocks of keys that are common to all, then each
+// branch of slices through what is common to it, at last each slice through its own: a key is read once for all rows it
+// is shared by, and the key heads of a token one after another. A row goes through blocks of kKeys keys, aligned to
+// positions, in order, and the arithmetic of a row depends neither on the other rows nor on their number. So a query's
+// result has the same bits whatever is in the batch, and whether its sequence is computed in one piece or token by
+// token; for a sequence whose keys packed attention takes in the same blocks, as it does in a pack without shared
+// prompts, they are packed attention's.
 //
-// With many rows the lanes of a vector of scores are rows, as in packed attention. With a few they are keys, turned in
-// registers; the sum of a row's probabilities still runs through its keys one by one.
+// Where many rows share a key, the lanes of a vector of scores are rows, as in packed attention. Where few do, they are
+// keys, turned in registers; the sum of a row's probabilities still runs through its keys one by one.
 #include <omp.h>
 
 #include "cpu/attention_tile.h"
@@ -24,15 +25,14 @@ template <class T>
 struct PagedPanel {
   const PagedAttention<T>& f;
   const QuerySlice* slices;
-  int64_t key_head, head, heads;  // query heads from `head` on
-  int64_t rows = 0, line;
+  int64_t key_head, key_heads, head, heads;  // from key_head on; query heads of each, from its group's `head` on
+  int64_t rows = 0, line;                    // rows of one key head
   T *q, *qt, *s, *o, *values;
   T m[kRows], l[kRows];
-  typename Index<T>::type position[kRows + Lanes<T>::n] = {};
+  typename Index<T>::type position[kRows + Lanes<T>::n] = {};  // of the rows of one key head
 
-  PagedPanel(const PagedAttention<T>& f, const QuerySlice* slices, int64_t head, int64_t heads, T* workspace)
-      : f(f), slices(slices), key_head(head / (f.heads / f.key_heads)), head(head), heads(heads),
-        line(padded<T>(f.width)) {
+  PagedPanel(const PagedAttention<T>& f, const QuerySlice* slices, T* workspace)
+      : f(f), slices(slices), line(padded<T>(f.width)) {
     q = workspace;
     qt = q + kRows * line;
     s = qt + f.width * kRows + Lanes<T>::n;  // the last line of qt is read up to whole vectors
@@ -44,9 +44,10 @@ struct PagedPanel {
   template <class Body>
   void each_row(SlicePanel panel, Body body) const {
     int64_t row = 0;
-    for (int64_t i = panel.begin; i < panel.end; ++i)
-      for (int64_t t = 0; t < slices[i].end - slices[i].begin; ++t)
-        for (int64_t h = 0; h < heads; ++h) body(row++, slices[i].token + t, head + h);
+    for (int64_t k = key_head; k < key_head + key_heads; ++k)
+      for (int64_t i = panel.begin; i < panel.end; ++i)
+        for (int64_t t = 0; t < slices[i].end - slices[i].begin; ++t)
+          for (int64_t h = 0; h < heads; ++h) body(row++, slices[i].token + t, k * (f.heads / f.key_heads) + head + h);
   }
 
   void start(SlicePanel panel) {
@@ -58,7 +59,8 @@ struct PagedPanel {
       m[row] = T(-kInfinity), l[row] = T(0);
       for (int64_t d = 0; d < line; ++d) o[row * line + d] = T(0);
     });
-    if (rows > kFew) transpose([&](int64_t row) { return q + row * line; }, rows, f.width, T(1), qt, kRows);
+    if (rows > kFew)
+      transpose([&](int64_t row) { return q + row * line; }, rows * key_heads, f.width, T(1), qt, kRows);
   }
 
   void finish(SlicePanel panel, T* out) const {
@@ -82,13 +84,15 @@ struct PagedPanel {
     }
   }
 
-  int64_t count_rows(int64_t begin, int64_t end) const {
+  int64_t count_queries(int64_t begin, int64_t end) const {
     int64_t queries = 0;
     for (int64_t i = begin; i < end; ++i) queries += slices[i].end - slices[i].begin;
-    return queries * heads;
+    return queries;
   }
 
-  // Takes `count` rows from `row` on through the keys begin <= k < end of a slice's sequence.
+  int64_t count_rows(int64_t begin, int64_t end) const { return count_queries(begin, end) * heads; }
+
+  // Takes, under each key head, `count` rows from `row` on through the keys begin <= k < end of a slice's sequence.
   void through(const QuerySlice& slice, int64_t row, int64_t count, int64_t begin, int64_t end) {
     int64_t low = position[row], high = low;
     for (int64_t r = row; r < row + count; ++r) {
@@ -102,33 +106,40 @@ struct PagedPanel {
       const T *k[kKeys], *v[kKeys];
       find(f.k, slice.sequence, keys, k);
       find(f.v, slice.sequence, keys, v);
-      if (line != f.width)
-        for (int64_t i = 0; i < keys.end - keys.begin; ++i) {
-          copy_line(v[i], f.width, T(1), values + i * line);
-          v[i] = values + i * line;
-        }
       if (count > kFew)
-        many(row, count, keys, masked, k, v);
+        for (int64_t h = 0; h < key_heads; ++h) many(h, row, count, keys, masked, k, v);
       else
         few(row, count, keys, masked, k, v);
     }
   }
 
-  // Where the keys of a sequence lie.
+  // Where the keys of a sequence lie, under this panel's first key head.
   void find(const Pages<T>& pages, int64_t sequence, KeyRange keys, const T** at) const {
     const int32_t* table = f.table.pages + sequence * f.table.stride;
-    const int64_t mask = (int64_t(1) << f.table.page_bits) - 1;
-    for (int64_t k = keys.begin; k < keys.end; ++k)
-      at[k - keys.begin] =
-          pages.data + table[k >> f.table.page_bits] * pages.page + (k & mask) * pages.token + key_head * pages.head;
+    const int64_t bits = f.table.page_bits;
+    for (int64_t k = keys.begin; k < keys.end;) {
+      const int64_t first = k >> bits << bits, last = first + (int64_t(1) << bits);
+      const T* page = pages.data + table[k >> bits] * pages.page + key_head * pages.head;
+      for (; k < last && k < keys.end; ++k) *at++ = page + (k - first) * pages.token;
+    }
   }
 
-  // One block for rows as lanes.
-  void many(int64_t row, int64_t count, KeyRange keys, bool masked, const T* const* k, const T* const* v) {
-    const int64_t size = keys.end - keys.begin, width = padded<T>(count);
-    multiply<T, false>(LinePointers<T>{k}, Lines<T>{qt + row, kRows}, s, kRows, size, f.width, width);
+  // o[row] += sum over j of a[row, j] v[j] under the panel's key head `h`.
+  void add_values(Scalars<T> a, const T* const* v, int64_t h, int64_t row, int64_t count, int64_t size) {
+    T* to = o + row * line;
+    const LinePointers<T> lines = {v, h * f.v.head};
+    if (line == f.width) return multiply<T, true>(a, lines, to, line, count, size, line);
+    for (int64_t j = 0; j < size; ++j) copy_line(lines[j], f.width, T(1), values + j * line);
+    multiply<T, true>(a, values, line, to, line, count, size, line);
+  }
+
+  // One block under the panel's key head `h`, for rows as lanes: s[key][kRows].
+  void many(int64_t h, int64_t first, int64_t count, KeyRange keys, bool masked, const T* const* k,
+            const T* const* v) {
+    const int64_t size = keys.end - keys.begin, width = padded<T>(count), row = h * rows + first;
+    multiply<T, false>(LinePointers<T>{k, h * f.k.head}, Lines<T>{qt + row, kRows}, s, kRows, size, f.width, width);
     if (f.softcap > 0) cap_scores(s, kRows, size, width, T(f.softcap));
-    if (masked) hide(row, width, keys);
+    if (masked) hide(first, width, keys);
     T top[kRows], sum[kRows];
     for (int64_t r = 0; r < width; ++r) {
       top[r] = r < count ? m[row + r] : T(0);
@@ -136,57 +147,67 @@ struct PagedPanel {
     }
     online_softmax(s, size, count, top, sum, o + row * line, line);
     for (int64_t r = 0; r < count; ++r) m[row + r] = top[r], l[row + r] = sum[r];
-    multiply<T, true>(Scalars<T>{s, 1, kRows}, LinePointers<T>{v}, o + row * line, line, count, size, line);
+    add_values({s, 1, kRows}, v, h, row, count, size);
   }
 
   // Hides what rows don't see of s[key][kRows].
-  void hide(int64_t row, int64_t width, KeyRange keys) {
+  void hide(int64_t first, int64_t width, KeyRange keys) {
     typedef typename Index<T>::type I;
     T* at = s;
     for (int64_t k = keys.begin; k < keys.end; ++k, at += kRows)
       for (int64_t r = 0; r < width; r += Lanes<T>::n) {
-        const Mask<T> own = load_indices<T>(position + row + r);
+        const Mask<T> own = load_indices<T>(position + first + r);
         Mask<T> hidden = own < I(k);
         if (f.window > 0) hidden |= own - I(k) >= I(f.window);
         store(at + r, hidden ? splat(T(-kInfinity)) : load(at + r));
       }
   }
 
-  // One block for keys as lanes: s[row][kKeys].
-  void few(int64_t row, int64_t count, KeyRange keys, bool masked, const T* const* k, const T* const* v) {
+  // One block under all key heads, for keys as lanes: s[row][kKeys], the rows of the key heads one after another.
+  void few(int64_t first, int64_t count, KeyRange keys, bool masked, const T* const* k, const T* const* v) {
     const int64_t size = keys.end - keys.begin;
-    const T* from = q + row * line;
-    switch (count) {
-      case 1: turned_products<1>(from, k, size); break;
-      case 2: turned_products<2>(from, k, size); break;
-      case 3: turned_products<3>(from, k, size); break;
-      case 4: turned_products<4>(from, k, size); break;
-      case 5: turned_products<5>(from, k, size); break;
-      case 6: turned_products<6>(from, k, size); break;
-      case 7: turned_products<7>(from, k, size); break;
-      case 8: turned_products<8>(from, k, size); break;
+    int64_t row_of[kRows];
+    for (int64_t h = 0; h < key_heads; ++h) {
+      for (int64_t r = 0; r < count; ++r) row_of[h * count + r] = h * rows + first + r;
+      products(count, q + (h * rows + first) * line, {k, h * f.k.head}, size, s + h * count * kKeys);
     }
-    if (f.softcap > 0) cap_scores(s, kKeys, count, padded<T>(size), T(f.softcap));
-    for (int64_t r = 0; r < count; ++r) {
-      if (masked) hide_in_row(s + r * kKeys, position[row + r], keys);
-      softmax_row(s + r * kKeys, size, row + r);
+    const int64_t all = key_heads * count;
+    if (f.softcap > 0) cap_scores(s, kKeys, all, padded<T>(size), T(f.softcap));
+    for (int64_t r = 0; r < all; ++r) {
+      if (masked) hide_in_row(s + r * kKeys, position[first + r % count], keys);
+      weigh_row(s + r * kKeys, size, row_of[r]);
     }
-    multiply<T, true>(Scalars<T>{s, kKeys, 1}, LinePointers<T>{v}, o + row * line, line, count, size, line);
+    add_weights(row_of, all, size);
+    for (int64_t h = 0; h < key_heads; ++h)
+      add_values({s + h * count * kKeys, kKeys, 1}, v, h, h * rows + first, count, size);
   }
 
-  // s[c][j] = from[c] . k[j]
+  void products(int64_t count, const T* from, LinePointers<T> k, int64_t size, T* to) const {
+    switch (count) {
+      case 1: return turned_products<1>(from, k, size, to);
+      case 2: return turned_products<2>(from, k, size, to);
+      case 3: return turned_products<3>(from, k, size, to);
+      case 4: return turned_products<4>(from, k, size, to);
+      case 5: return turned_products<5>(from, k, size, to);
+      case 6: return turned_products<6>(from, k, size, to);
+      case 7: return turned_products<7>(from, k, size, to);
+      case 8: return turned_products<8>(from, k, size, to);
+    }
+  }
+
+  // to[c][j] = from[c] . k[j]
   template <int C>
-  void turned_products(const T* from, const T* const* k, int64_t size) {
+  void turned_products(const T* from, LinePointers<T> k, int64_t size, T* to) const {
     constexpr int n = Lanes<T>::n;
     for (int64_t j = 0; j < size; j += n) {
       Vec<T> sums[C] = {};
       for (int64_t d = 0; d < f.width; d += n) {
         Vec<T> v[n];
-        load_turned([&](int64_t r) { return k[j + r] + d; }, size - j, f.width - d, T(1), v);
+        load_turned<T>([&](int64_t r) { return k[j + r] + d; }, size - j, f.width - d, v);
         for (int i = 0; i < n; ++i)
           for (int c = 0; c < C; ++c) sums[c] += splat(from[c * line + d + i]) * v[i];
       }
-      for (int c = 0; c < C; ++c) store(s + c * kKeys + j, sums[c]);
+      for (int c = 0; c < C; ++c) store(to + c * kKeys + j, sums[c]);
     }
   }
 
@@ -195,8 +216,9 @@ struct PagedPanel {
       if (k > own || (f.window > 0 && own - k >= f.window)) at[k - keys.begin] = T(-kInfinity);
   }
 
-  // online_softmax for one row of `size` scores, which may be written up to whole vectors.
-  void softmax_row(T* at, int64_t size, int64_t row) {
+  // Turns a row's `size` scores, which may be written up to whole vectors, into e^(s - m), moves m to the new maximum,
+  // and rescales l and o.
+  void weigh_row(T* at, int64_t size, int64_t row) {
     constexpr int n = Lanes<T>::n;
     for (int64_t j = size; j < padded<T>(size); ++j) at[j] = T(-kInfinity);
     Vec<T> tops = splat(m[row]);
@@ -204,11 +226,27 @@ struct PagedPanel {
     const T top = max_lane<T>(tops), reference = top > T(-kInfinity) ? top : T(0);
     const T factor = exp_or_zero(splat(m[row]) - reference)[0];
     for (int64_t j = 0; j < size; j += n) store(at + j, exp_or_zero(load(at + j) - reference));
-    T sum = l[row] * factor;
-    for (int64_t j = 0; j < size; ++j) sum += at[j];
-    m[row] = top, l[row] = sum;
+    m[row] = top;
+    l[row] *= factor;
     if (factor < 1)
       for (T* to = o + row * line; to < o + (row + 1) * line; to += n) store(to, load(to) * factor);
+  }
+
+  // l[row] += the row's weights, one by one; some rows at a time, since each sum waits for itself.
+  void add_weights(const int64_t* row_of, int64_t count, int64_t size) {
+    constexpr int64_t together = 8;
+    for (int64_t r = 0; r < count; r += together) {
+      T sums[together];
+      const T* at[together];
+      for (int64_t i = 0; i < together; ++i) {
+        const int64_t own = r + i < count ? r + i : r;
+        sums[i] = l[row_of[own]];
+        at[i] = s + own * kKeys;
+      }
+      for (int64_t j = 0; j < size; ++j)
+        for (int64_t i = 0; i < together; ++i) sums[i] += at[i][j];
+      for (int64_t i = 0; i < together && r + i < count; ++i) l[row_of[r + i]] = sums[i];
+    }
   }
 };
 
@@ -223,21 +261,26 @@ int64_t paged_workspace(int64_t width) {
 template <class T>
 void paged_attention(const PagedAttention<T>& f, const QuerySlice* slices, const SlicePanel* panels,
                      int64_t num_panels, T* out, T* workspace, int threads) {
-  const int64_t size = paged_workspace<T>(f.width), tasks = num_panels * f.key_heads, group = f.heads / f.key_heads;
+  const int64_t size = paged_workspace<T>(f.width), group = f.heads / f.key_heads;
+  const int64_t share = num_panels * f.key_heads / (4 * threads);  // key heads of a task, so that there are some each
+  const int64_t heads = share < 1 ? 1 : share < f.key_heads ? share : f.key_heads;
+  const int64_t parts = (f.key_heads + heads - 1) / heads;
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
-  for (int64_t i = 0; i < tasks; ++i) {
-    const SlicePanel task = panels[i / f.key_heads];
-    const int64_t first = i % f.key_heads * group;
-    int64_t queries = 0;
-    for (int64_t j = task.begin; j < task.end; ++j) queries += slices[j].end - slices[j].begin;
-    const int64_t most = kRows / queries;
-    for (int64_t h = 0; h < group; h += most) {
-      PagedPanel<T> panel(f, slices, first + h, group - h < most ? group - h : most,
-                          workspace + omp_get_thread_num() * size);
-      panel.start(task);
-      panel.descend(task.begin, task.end, 0, 0);
-      panel.finish(task, out);
-    }
+  for (int64_t i = 0; i < num_panels * parts; ++i) {
+    const SlicePanel task = panels[i / parts];
+    const int64_t end = (i % parts + 1) * heads < f.key_heads ? (i % parts + 1) * heads : f.key_heads;
+    PagedPanel<T> panel(f, slices, workspace + omp_get_thread_num() * size);
+    const int64_t queries = panel.count_queries(task.begin, task.end);
+    const int64_t most = kRows / queries < group ? kRows / queries : group, together = kRows / (queries * most);
+    for (int64_t k = i % parts * heads; k < end; k += together)
+      for (int64_t h = 0; h < group; h += most) {
+        panel.key_head = k, panel.key_heads = end - k < together ? end - k : together;
+        panel.head = h, panel.heads = group - h < most ? group - h : most;
+        panel.rows = 0;
+        panel.start(task);
+        panel.descend(task.begin, task.end, 0, 0);
+        panel.finish(task, out);
+      }
   }
 }
 

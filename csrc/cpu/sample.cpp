@@ -126,25 +126,50 @@ double weight_of_largest(const Row& row, int64_t k) {
   return weight;
 }
 
+typedef uint32_t VecWord __attribute__((vector_size(kVectorBytes)));
+typedef uint64_t VecPair __attribute__((vector_size(kVectorBytes)));
+
+// Products of the lower words of pairs.
+inline VecPair multiply_low(VecPair a, uint32_t factor) {
+#if defined(__AVX512F__) && !defined(__clang__)
+  typedef long long Result __attribute__((vector_size(kVectorBytes)));
+  return (VecPair)__builtin_ia32_pmuludq512_mask((VecInt)a, VecInt{} + int32_t(factor), Result{}, 0xff);
+#elif defined(__AVX2__) && !defined(__clang__)
+  return (VecPair)__builtin_ia32_pmuludq256((VecInt)a, VecInt{} + int32_t(factor));
+#elif defined(__SSE2__) && !defined(__clang__)
+  return (VecPair)__builtin_ia32_pmuludq128((VecInt)a, VecInt{} + int32_t(factor));
+#else
+  return (a & 0xffffffff) * factor;
+#endif
+}
+
+struct Product {
+  VecWord high, low;
+};
+
+inline Product multiply(VecWord a, uint32_t factor) {
+  const VecPair even = multiply_low((VecPair)a, factor), odd = multiply_low((VecPair)a >> 32, factor);
+  const VecPair upper = VecPair{} + 0xffffffff00000000;
+  return {(VecWord)((even >> 32) | (odd & upper)), (VecWord)((even & ~upper) | (odd << 32))};
+}
+
 // Philox 4x32-10 at the counters first, first + 1, ...: words[w][c].
 void philox(uint32_t first, uint64_t key, uint64_t offset, uint32_t (*words)[kCounters]) {
-  for (int c = 0; c < kCounters; ++c) {
-    words[0][c] = first + c;
-    words[1][c] = 0;
-    words[2][c] = uint32_t(offset);
-    words[3][c] = uint32_t(offset >> 32);
-  }
-  uint32_t low_key = uint32_t(key), high_key = uint32_t(key >> 32);
-  for (int round = 0; round < 10; ++round) {
-    for (int c = 0; c < kCounters; ++c) {
-      const uint64_t a = uint64_t(words[0][c]) * 0xD2511F53u, b = uint64_t(words[2][c]) * 0xCD9E8D57u;
-      words[0][c] = uint32_t(b >> 32) ^ words[1][c] ^ low_key;
-      words[1][c] = uint32_t(b);
-      words[2][c] = uint32_t(a >> 32) ^ words[3][c] ^ high_key;
-      words[3][c] = uint32_t(a);
+  VecWord lane_numbers;
+  for (int lane = 0; lane < kLanes; ++lane) lane_numbers[lane] = lane;
+  for (int c = 0; c < kCounters; c += kLanes) {
+    VecWord w0 = lane_numbers + (first + c), w1 = {}, w2 = VecWord{} + uint32_t(offset);
+    VecWord w3 = VecWord{} + uint32_t(offset >> 32);
+    uint32_t low_key = uint32_t(key), high_key = uint32_t(key >> 32);
+    for (int round = 0; round < 10; ++round, low_key += 0x9E3779B9, high_key += 0xBB67AE85) {
+      const Product a = multiply(w0, 0xD2511F53), b = multiply(w2, 0xCD9E8D57);
+      w0 = b.high ^ w1 ^ low_key;
+      w1 = b.low;
+      w2 = a.high ^ w3 ^ high_key;
+      w3 = a.low;
     }
-    low_key += 0x9E3779B9u;
-    high_key += 0xBB67AE85u;
+    const VecWord result[4] = {w0, w1, w2, w3};
+    for (int w = 0; w < 4; ++w) __builtin_memcpy(words[w] + c, &result[w], sizeof w0);
   }
 }
 
