@@ -15,7 +15,6 @@ library's: the product of rank R first, then the large one adding to it. FUSED s
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from functools import lru_cache
-from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -263,15 +262,17 @@ def ahead_of_time() -> Iterator[_Entry]:
     half = torch.empty(4096, 4096, dtype=torch.bfloat16, device="meta")
     ragged, single = half[:4080, :4080], half.float()
     for capability in (80, 89, 90, 100, 120):
-        b = BLOCKS[max(known for known in BLOCKS if known <= capability)]
-        yield _extended_entry("y", half, half, 16, b, capability)
-        yield _extended_entry("dx", half, half.T, 64, b, capability)
-        if capability in (80, 90):
-            yield _extended_entry("ragged dx", ragged, ragged.T, 16, b, capability)
+        yield _extended_entry("dx", half, half.T, 64, _tiles(capability), capability)
+    yield _extended_entry("y", half, half, 16, _tiles(90), 90)
+    yield _extended_entry("ragged dx", ragged, ragged.T, 16, _tiles(90), 90)
     yield _extended_entry("float32", single, single, 16, SMALL_BLOCKS, 120)
     mixed, same, wide = (half, torch.float32), (half, torch.bfloat16), (single, torch.float32)
-    for capability, (x, dtype) in [*product((80, 90), (mixed, same, wide)), (100, mixed), (120, mixed)]:
+    for capability, (x, dtype) in ((80, wide), (80, mixed), (90, mixed), (120, mixed), (90, same)):
         yield from _rank_entries(x, torch.empty(4096, 64, dtype=dtype, device="meta"), capability)
+
+
+def _tiles(capability: int) -> Blocks:
+    return BLOCKS[max(known for known in BLOCKS if known <= capability)]
 
 
 def _extended_entry(name: str, x: Tensor, weight: Tensor, rank: int, b: Blocks, capability: int) -> _Entry:

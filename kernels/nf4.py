@@ -188,7 +188,7 @@ def _on(x: Tensor):
 def ahead_of_time() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
     """The kernels with their production block sizes, for tests/kernels/aot.py."""
     aligned, whole = {"ODD": 0, "ALIGNED": True}, {"BLOCKS": _blocks_together(64), "num_warps": DEQUANTIZE_WARPS}
-    yield _compiled(dequantize_kernel, True, whole | {"WHOLE": True})
+    yield _compiled(dequantize_kernel, True, whole | {"WHOLE": True}, capability=90)
     yield _compiled(dequantize_kernel, False, whole | {"WHOLE": False}, capability=80)
     yield _compiled(matvec_kernel, True, MATVEC | aligned | {"ROWS": ROWS[-1]})
     yield _compiled(matvec_kernel, False, MATVEC | aligned | {"ROWS": 1}, capability=90)
