@@ -3,17 +3,21 @@
 from pathlib import Path
 from typing import Any
 
-_PANELS = ("loss", "mean_token_accuracy", "entropy", "grad_norm")
+_PANELS = (  # the first four that a run has
+    *("loss", "reward", "rewards/accuracies", "mean_token_accuracy", "completions/mean_length"),
+    *("entropy", "grad_norm", "learning_rate"),
+)
 
 
 def plot_metrics(history: list[dict[str, Any]], path: Path) -> None:
-    """Draw loss, token accuracy, entropy and gradient norm over steps, with evaluation where there is one."""
+    """Draw the loss and three more curves over steps, with evaluation where there is one."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 6), layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, name in zip(figure.subplots(2, 2).flat, _PANELS, strict=True):
+    panels = [name for name in _PANELS if any(name in record for record in history)]
+    for axes, name in zip(figure.subplots(2, 2).flat, panels, strict=False):
         for key, label, style in ((name, "train", "-"), (f"eval_{name}", "eval", "o--")):
             points = [(record["step"], record[key]) for record in history if key in record]
             if points:
