@@ -258,7 +258,7 @@ class GRPOTrainer(Trainer):
         return {name: value for name, value in metrics.items() if not math.isnan(value)}
 
     def _write(self, samples: Sequence[Sample], scores: Scores, advantages: Advantages, evaluation: bool) -> None:
-        table = {
+        table: dict[str, list[Any]] = {
             "step": [self._step] * len(samples),
             "prompt": [sample.prompt.given for sample in samples],
             "completion": [sample.content for sample in samples],

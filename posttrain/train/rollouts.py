@@ -89,20 +89,15 @@ class Packing(NamedTuple):
     skip_idle: bool = False
 
     def batches(self, rollouts: Sequence[Rollout]) -> list[PolicyBatch]:
-        """Micro-batches of the rollouts that have loss tokens."""
+        """Micro-batches of the rollouts that have loss tokens. At least one has a gradient, if only one of 0."""
         present = [i for i, rollout in enumerate(rollouts) if rollout.example.num_targets]
-        idle = self._idle(rollouts, present)
-        busy = [i for i in present if i not in idle]
-        return [*self._lay_out(rollouts, busy, False), *self._lay_out(rollouts, sorted(idle), bool(busy))]
-
-    def _idle(self, rollouts: Sequence[Rollout], present: Sequence[int]) -> set[int]:
-        if not self.skip_idle:
-            return set()
-        busy = {rollouts[i].example.group for i in present if rollouts[i].advantage != 0}
-        return {i for i in present if rollouts[i].example.group not in busy}
+        groups = {rollouts[i].example.group for i in present if rollouts[i].advantage != 0 or not self.skip_idle}
+        busy = [i for i in present if rollouts[i].example.group in groups] or present[:1]
+        idle = [i for i in present if i not in set(busy)]
+        return [*self._lay_out(rollouts, busy, False), *self._lay_out(rollouts, idle, True)]
 
     def _lay_out(self, rollouts: Sequence[Rollout], chosen: list[int], idle: bool) -> list[PolicyBatch]:
-        """Micro-batches of the chosen rollouts. A step that is idle as a whole keeps its gradient of 0."""
+        """Micro-batches of the chosen rollouts."""
         sequences = [rollouts[i].example.input_ids for i in chosen]
         forest = share_prefixes(sequences) if self.share else keep_apart(sequences)
         batches = []
