@@ -53,10 +53,11 @@ class DPOTrainer(Trainer):
                 "ref_model is the model itself; leave it out, and the reference is the model as it is now"
             )
         self._ref_model = ref_model
+        self._reference_policy: Reference | None = None
         self._coupled: tuple[PairStep, Pairs] | None = None
         super().__init__(model, args, train_dataset, eval_dataset, processing_class, peft_config)
         if self.args.precompute_ref_log_probs:
-            del self._ref_model, self._reference_policy
+            self._ref_model = self._reference_policy = None
 
     def _check_args(self) -> None:
         super()._check_args()
@@ -84,7 +85,9 @@ class DPOTrainer(Trainer):
                 if isinstance(module, nn.Dropout):
                     module.p = 0.0
 
-    def _make_reference(self) -> Reference:
+    def _make_reference(self) -> Reference | None:
+        if self.args.beta == 0 and self.args.max_perplexity is None:
+            return None  # nothing depends on it
         if self._ref_model is not None:
             self._ref_model.to(self._device, self._half)
             prepare(self._ref_model)
@@ -106,7 +109,7 @@ class DPOTrainer(Trainer):
             shuffle_seed=args.seed if training and args.train_sampling_strategy == "random" else None,
             share=self._shares_prefixes,
         )
-        if not args.precompute_ref_log_probs:
+        if not args.precompute_ref_log_probs or self._reference_policy is None:
             return source
         summed, weighted = self._precomputed(source)
         if args.max_perplexity is None:
@@ -122,6 +125,7 @@ class DPOTrainer(Trainer):
     def _precomputed(self, source: PairSource) -> tuple[Tensor, Tensor]:
         """Log-probabilities `[pairs, 2]` of all answers under the reference: as sums, and weighed by `ld_alpha`."""
         found: list[tuple[Tensor, Tensor]] = []
+        assert self._reference_policy is not None
         with computing_in(self.model, self._half), self._reference_policy() as policy:
             for step in source.in_order():
                 sums = [torch.empty(step.num_pairs, 2, dtype=torch.float64) for _ in range(2)]
@@ -161,12 +165,14 @@ class DPOTrainer(Trainer):
     def _pairs(self, model: Any, batch: PairBatch) -> tuple[Pairs, TokenLogprobs]:
         ld_alpha = self.args.ld_alpha
         reference = batch.reference
-        if reference is None:  # before the policy's pass, whose graph must not see exchanged weights
-            with self._reference_policy() as policy:
+        if reference is None and self._reference_policy is not None:
+            with self._reference_policy() as policy:  # before the policy's pass: its graph must not see other weights
                 reference = self._sum(token_logprobs(policy, batch.packed).logprob, batch, ld_alpha)
         tokens = token_logprobs(model, batch.packed, need_entropy=True)
         answers = self._sum(tokens.logprob, batch, None)
         weighted = answers if ld_alpha is None else self._sum(tokens.logprob, batch, ld_alpha)
+        if reference is None:
+            reference = weighted.detach()
         return Pairs(weighted, reference, batch.lengths, answers[:, 0]), tokens
 
     def _sum(self, logprob: Tensor, batch: PairBatch, ld_alpha: float | None) -> Tensor:

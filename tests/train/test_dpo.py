@@ -164,3 +164,15 @@ def test_what_the_reference_is(model_dir, pair_rows, tmp_path, kind):
     if kind != "other model":
         assert abs(run.log_history[0]["loss"] - math.log(2)) <= 1e-7
         assert run.log_history[0]["rewards/margins"] == pytest.approx(0, abs=1e-9)
+
+
+def test_no_reference_where_nothing_depends_on_it(model_dir, pair_rows, tmp_path):
+    run = trainer(model_dir, tmp_path, pair_rows, beta=0.0, loss_type=["sigmoid", "sft"])
+    assert run._reference_policy is None
+    computed = []
+    run.model.get_input_embeddings().register_forward_hook(lambda module, ids, out: computed.append(ids[0].numel()))
+    run.train()
+    last = run.log_history[-1]
+    assert sum(computed) == last["num_packed_tokens"]
+    assert last["rewards/margins"] == 0
+    assert last["loss"] < run.log_history[0]["loss"]
