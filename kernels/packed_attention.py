@@ -48,7 +48,7 @@ FORWARD = {
 DKV = {
     80: {64: Blocks(32, 64, 8, 1), 128: Blocks(64, 64, 8, 1), 256: Blocks(32, 32, 8, 1)},
     90: {64: Blocks(32, 128, 8, 2), 128: Blocks(32, 128, 8, 1), 256: Blocks(32, 32, 8, 1)},
-    100: {64: Blocks(64, 128, 8, 1), 128: Blocks(64, 128, 8, 1), 256: Blocks(32, 32, 8, 1)},
+    100: {64: Blocks(64, 128, 8, 1), 128: Blocks(32, 128, 8, 1), 256: Blocks(32, 32, 8, 1)},
     120: {64: Blocks(32, 64, 8, 1), 128: Blocks(64, 64, 8, 1), 256: Blocks(32, 32, 8, 1)},
 }
 DQ = {
@@ -59,7 +59,7 @@ DQ = {
     120: {64: Blocks(64, 32, 8, 2), 128: Blocks(64, 64, 8, 2), 256: Blocks(64, 32, 8, 1)},
 }
 # The same for float32, on every device.
-FLOAT_FORWARD = {64: Blocks(32, 32, 8, 2), 128: Blocks(32, 16, 8, 1), 256: Blocks(32, 16, 8, 1)}
+FLOAT_FORWARD = {64: Blocks(32, 32, 8, 2), 128: Blocks(32, 16, 4, 1), 256: Blocks(32, 16, 8, 1)}
 FLOAT_DKV = {64: Blocks(32, 32, 8, 1), 128: Blocks(32, 32, 8, 1), 256: Blocks(16, 16, 8, 1)}
 FLOAT_DQ = {64: Blocks(32, 32, 8, 2), 128: Blocks(32, 32, 8, 2), 256: Blocks(16, 16, 4, 1)}
 DELTA_QUERIES = 32
