@@ -28,12 +28,20 @@ def hidden_states(model: nn.Module, batch: PackedBatch) -> Tensor:
 
 
 def token_logprobs(
-    model: nn.Module, batch: PackedBatch, *, temperature: float = 1.0, need_entropy: bool = False
+    model: nn.Module,
+    batch: PackedBatch,
+    *,
+    temperature: float = 1.0,
+    need_entropy: bool = False,
+    hidden: Tensor | None = None,
 ) -> TokenLogprobs:
-    """Log-probabilities `[M]` of the batch's targets, and the entropy at their places if asked for."""
+    """Log-probabilities `[M]` of the batch's targets, and the entropy at their places if asked for.
+
+    `hidden` are the batch's hidden states, where they are there already.
+    """
     weight, bias, softcap, logit_scale, lora = head(model)
     return linear_logprob(
-        hidden_states(model, batch),
+        hidden_states(model, batch) if hidden is None else hidden,
         weight,
         batch.targets,
         rows=batch.rows,

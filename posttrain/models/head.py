@@ -26,6 +26,12 @@ class Head(NamedTuple):
     logit_scale: float
     lora: tuple[Tensor, Tensor, float] | None
 
+    def detached(self) -> "Head":
+        """The same numbers without gradients, whatever the model's parameters become."""
+        lora = None if self.lora is None else (self.lora[0].detach(), self.lora[1].detach(), self.lora[2])
+        bias = None if self.bias is None else self.bias.detach()
+        return self._replace(weight=self.weight.detach(), bias=bias, lora=lora)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """The logits of a few rows, all of them in memory; `linear_logprob` is for many."""
         z = nn.functional.linear(hidden, self.weight)

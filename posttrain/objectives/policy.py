@@ -24,8 +24,9 @@ added, with D = log p_ref - log p (Schulman, "Approximating KL divergence", 2020
 
     k1 = -D          k2 = D^2 / 2          k3 = e^D - D - 1
 
-times w if use_bias_correction_kl (DeepSeek-V3.2, 2025, arXiv 2512.02556: w has value 1 on-policy, but a gradient). The
-sum over the B completions of the optimizer step, all its micro-batches taken together, is
+times w if use_bias_correction_kl (DeepSeek-V3.2, 2025, arXiv 2512.02556: w has value 1 on-policy, but a gradient), or
+the divergence itself, over the whole vocabulary (exact). The sum over the B completions of the optimizer step, all its
+micro-batches taken together, is
 
     grpo, sapo      1/B sum_i 1/L_i sum_t l               bnpo           sum l / sum_i L_i
     dr_grpo         sum l / (B max_completion_length)     dapo, cispo    sum l / tokens of a step, on average
@@ -46,7 +47,7 @@ from posttrain.ops.logprob import TokenLogprobs
 
 LOSSES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo")
 LEVELS = ("token", "sequence")
-ESTIMATORS = ("k3", "k1", "k2")
+ESTIMATORS = ("k3", "k1", "k2", "exact")
 CORRECTIONS = ("sequence_mask", "sequence_truncate", "token_mask", "token_truncate")
 
 
@@ -140,7 +141,11 @@ class PolicyObjective:
 
 
 def policy_loss(
-    policy: TokenLogprobs, targets: PolicyTargets, counts: PolicyCounts, objective: PolicyObjective
+    policy: TokenLogprobs,
+    targets: PolicyTargets,
+    counts: PolicyCounts,
+    objective: PolicyObjective,
+    divergence: Tensor | None = None,
 ) -> Loss:
     """Share of a micro-batch in the step's loss.
 
@@ -149,13 +154,14 @@ def policy_loss(
         targets: the rest of what is known of them.
         counts: of the whole optimizer step.
         objective: which loss, with its coefficients.
+        divergence: `[M]`, KL(p || p_ref) at the target's place, for kl_estimator="exact".
 
     Returns:
         The loss, with metrics `loss`, `entropy`, `kl` (with beta), `clip_ratio/{low_mean,high_mean,region_mean}` or
         `cispo_clip_ratio`, and, where sampling_logprob is given, `sampling/sampling_logp_difference/{mean,max}`.
 
     Raises:
-        ValueError: a policy without entropy, or beta without a reference.
+        ValueError: a policy without entropy, or beta without a reference (or the divergence from it).
     """
     if policy.entropy is None:
         raise ValueError("policy_loss: the policy must come with need_entropy=True, for the metric `entropy`")
@@ -169,7 +175,9 @@ def policy_loss(
         token_loss = token_loss * targets.weight
     metrics = _clip_metrics(ratio.detach(), targets, counts, objective)
     if objective.beta != 0:
-        kl = _kl(logprob, ratio, targets, objective)
+        kl = _kl(logprob, ratio, targets, objective) if objective.kl_estimator != "exact" else divergence
+        if kl is None:
+            raise ValueError("policy_loss: kl_estimator 'exact' needs the divergence")
         token_loss = token_loss + objective.beta * kl
         metrics["kl"] = kl.detach().sum() / max(counts.tokens, 1)
     value = (token_loss * weight).sum()

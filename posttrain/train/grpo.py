@@ -13,7 +13,8 @@ from torch import Tensor
 
 from posttrain.data import Example, Rows
 from posttrain.data.prompts import Prompt, tokenize_prompts
-from posttrain.models import token_logprobs
+from posttrain.models import head, hidden_states, token_logprobs
+from posttrain.models.divergence import kl_divergence
 from posttrain.objectives import Loss
 from posttrain.objectives.advantage import Advantages, group_advantages
 from posttrain.objectives.policy import (
@@ -198,7 +199,7 @@ class GRPOTrainer(Trainer):
             with inference(self.model):
                 old = self._logprobs(self.model, batches, len(rollouts))
             rollouts = [replace(rollout, old_logprob=values) for rollout, values in zip(rollouts, old, strict=True)]
-        if self._reference_policy is not None:
+        if self._reference_policy is not None and args.kl_estimator != "exact":
             context: AbstractContextManager[Any] = self._reference_policy()
             with context as model:
                 reference = self._logprobs(model, batches, len(rollouts))
@@ -245,9 +246,18 @@ class GRPOTrainer(Trainer):
 
     def _loss(self, model: Any, batch: PolicyBatch, step: Step) -> Loss:
         assert isinstance(step, PolicyStep)
+        packed, temperature = batch.packed, self.args.temperature
         with torch.set_grad_enabled(torch.is_grad_enabled() and not batch.idle):
-            policy = token_logprobs(model, batch.packed, temperature=self.args.temperature, need_entropy=True)
-            return policy_loss(policy, batch.targets, step.counts, self._objective)
+            if self._reference_policy is None or self._objective.kl_estimator != "exact":
+                policy = token_logprobs(model, packed, temperature=temperature, need_entropy=True)
+                return policy_loss(policy, batch.targets, step.counts, self._objective)
+            reference: AbstractContextManager[Any] = self._reference_policy()
+            with reference as other:
+                hidden_q, head_q = hidden_states(other, packed)[packed.rows], head(other).detached()
+            hidden = hidden_states(model, packed)
+            policy = token_logprobs(model, packed, temperature=temperature, need_entropy=True, hidden=hidden)
+            divergence = kl_divergence(head(model), hidden[packed.rows], head_q, hidden_q, temperature)
+            return policy_loss(policy, batch.targets, step.counts, self._objective, divergence)
 
     def _reward_metrics(self, scores: Scores, advantages: Advantages) -> dict[str, float]:
         metrics = {name: value.item() for name, value in advantages.metrics.items()} | scores.metrics

@@ -6,7 +6,7 @@ from posttrain.train.config import ConfigError, TrainConfig, at_least, option
 
 LOSSES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo")
 LEVELS = ("token", "sequence")
-ESTIMATORS = ("k3", "k1", "k2")
+ESTIMATORS = ("k3", "k1", "k2", "exact")
 CORRECTIONS = ("sequence_mask", "sequence_truncate", "token_mask", "token_truncate")
 SCALES = ("group", "batch", "none")
 

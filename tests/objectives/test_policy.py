@@ -245,6 +245,11 @@ def test_refuses_coefficients(field, value):
 def test_refuses_a_missing_reference_and_entropy():
     with pytest.raises(ValueError, match=r"beta 0\.1 needs .* reference"):
         policy_loss(policy(random(0)), targets([0, 0, 0]), COUNTS, PolicyObjective(beta=0.1))
+    exact = PolicyObjective(beta=0.1, kl_estimator="exact")
+    with pytest.raises(ValueError, match="needs the divergence"):
+        policy_loss(policy(random(0)), targets([0, 0, 0]), COUNTS, exact)
+    known = policy_loss(policy(random(0)), targets([0, 0, 0]), COUNTS, exact, random(1))
+    assert known.value.item() == pytest.approx(0.1 * random(1).sum().item() / 10)
     with pytest.raises(ValueError, match="need_entropy"):
         policy_loss(policy(random(0))._replace(entropy=None), targets([0, 0, 0]), COUNTS, PolicyObjective())
     with pytest.raises(ValueError, match="got 'turn_mask'"):

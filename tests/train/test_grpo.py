@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from posttrain.models import head, hidden_states
 from posttrain.ops import use_backend
 from posttrain.train import checkpoint
 from posttrain.train.config import ConfigError
@@ -177,6 +178,28 @@ def test_adapter_and_reference_with_it_off(model_dir, tmp_path):
     assert run.log_history[0]["kl"] == pytest.approx(0, abs=1e-6) and run.log_history[2]["kl"] > 0
     changed = {name for name, p in run.model.named_parameters() if not torch.equal(p, before[name])}
     assert changed and all("lora" in name for name in changed)
+
+
+@pytest.mark.parametrize("lora", [0, 4], ids=["frozen copy", "adapter off"])
+def test_exact_divergence(model_dir, tmp_path, lora):
+    changes = {"beta": 0.1, "kl_estimator": "exact", "lora_r": lora, "learning_rate": 3e-2}
+    run = fixed.trainer(model_dir, tmp_path, **changes)
+    given = [replace(rollout, ref_logprob=None) for rollout in fixed.rollouts()]
+    assert fixed.gradients(run, given)[1]["kl"] == pytest.approx(0, abs=1e-6)
+    run.train()
+    run.model.eval()
+    (batch,) = run._packing.batches(given)
+
+    def everything(model):
+        return head(model).logits(hidden_states(model, batch.packed)[batch.packed.rows] / 0.9).log_softmax(-1)
+
+    with run._reference_policy() as model:
+        reference = everything(model)
+    with torch.no_grad():
+        policy = everything(run.model)
+    exact = torch.nn.functional.kl_div(reference, policy, log_target=True, reduction="sum") / len(policy)
+    assert exact > 0.01
+    torch.testing.assert_close(torch.tensor(fixed.gradients(run, given)[1]["kl"]), exact)
 
 
 def test_no_reference_is_kept_without_beta(model_dir, tmp_path):
