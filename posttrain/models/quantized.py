@@ -64,13 +64,21 @@ def quantize(causal: Any, *, nested: bool = False) -> None:
     Args:
         causal: a transformers model without adapters.
         nested: keep the statistics in 8 bits too ("double quantisation").
+
+    Raises `ModelError` for a model without such layers, as GPT-2 is.
     """
     kept = set(causal._keep_in_fp32_modules or ())
     head = causal.get_output_embeddings()
-    for name, layer in list(causal.named_modules()):
-        if type(layer) is nn.Linear and layer is not head and kept.isdisjoint(name.split(".")):
-            matrix = quantize_nf4(layer.weight.detach(), nested=nested)
-            causal.set_submodule(name, NF4Linear(matrix, layer.bias))
+    layers = {
+        name: layer
+        for name, layer in causal.named_modules()
+        if type(layer) is nn.Linear and layer is not head and kept.isdisjoint(name.split("."))
+    }
+    if not layers:
+        raise ModelError(f"{type(causal).__name__} has no linear layers to hold in 4 bits")
+    for name, layer in layers.items():
+        matrix = quantize_nf4(layer.weight.detach(), nested=nested)
+        causal.set_submodule(name, NF4Linear(matrix, layer.bias))
     _describe(causal, nested)
 
 
@@ -123,13 +131,16 @@ def _facts(config: Any) -> dict[str, Any]:
 
 
 def unpack(tensors: dict[str, Tensor]) -> dict[str, NF4Weight]:
-    """The NF4 matrices in a checkpoint's tensors, by the names of their parameters; in `tensors` they are unpacked."""
+    """Take the NF4 matrices, by the names of their parameters, out of a checkpoint's tensors.
+
+    Memory of their full shape, which nobody writes to, stays in their place.
+    """
     names = [key.removesuffix(_STATE) for key in tensors if key.endswith(_STATE)]
     matrices = {name: NF4Weight.from_state_dict(tensors, name) for name in names}
     for key in [key for key in tensors if key.partition(".weight.")[0] + ".weight" in matrices]:
         del tensors[key]
     for name, matrix in matrices.items():
-        tensors[name] = nf4_dequantize(matrix)
+        tensors[name] = torch.empty(matrix.shape, dtype=matrix.dtype)
     return matrices
 
 

@@ -214,6 +214,14 @@ def test_other_quantisations_are_named(folder):
         load(folder, load_in_4bit=True)
 
 
+def test_a_model_without_linear_layers_is_an_error(tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(vocab_size=97, n_positions=64, n_embd=32, n_layer=1, n_head=2, bos_token_id=1, eos_token_id=2)
+    with pytest.raises(ModelError, match="GPT2LMHeadModel has no linear layers to hold in 4 bits"):
+        load(saved(GPT2LMHeadModel(config), tmp_path / "gpt2"), load_in_4bit=True)
+
+
 @pytest.fixture
 def bitsandbytes_model(folder, tmp_path, request):
     """transformers' own way to 4 bits."""
