@@ -200,7 +200,7 @@ def ahead_of_time() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], 
             yield _compiled(kernel, "fp16", 128, blocks[128], capability, "window softcap sinks")
             if kernel is kernels.forward_kernel:
                 yield _compiled(kernel, "bf16", 64, blocks[64], capability, "window sinks")  # GPT-OSS
-        for width in (64, 128):
+        for width in (64, 128, 256):
             yield _compiled(kernel, "bf16", width, _newest(half, 89)[width], 89)  # block sizes of an older one
         for width, blocks in single.items():  # on sm_90, where float32 spills first
             yield _compiled(kernel, "fp32", width, blocks, 90, "softcap sinks")

@@ -280,6 +280,17 @@ bool sees_some(const QueryTile& tile, KeyRange keys) {
   return seen.begin < seen.end;
 }
 
+// Whether no query's window reaches back to these keys.
+template <class T>
+bool beyond_window(const Attention<T>& f, const QueryTile& tile, KeyRange keys) {
+  if (f.window == 0) return false;
+  int64_t nearest = f.positions[keys.begin], first = f.positions[tile.first];
+  for (int64_t k = keys.begin; k < keys.end; ++k) nearest = nearest > f.positions[k] ? nearest : f.positions[k];
+  for (int64_t q = tile.first; q < tile.first + tile.count; ++q)
+    first = first < f.positions[q] ? first : f.positions[q];
+  return first - nearest >= f.window;
+}
+
 // Adds the gradients of one chunk of queries and one of keys under one head.
 template <class T>
 void backward_cell(const Attention<T>& f, const QueryTile* tiles, const TileChunk& queries, const TileChunk& keys,
@@ -287,7 +298,7 @@ void backward_cell(const Attention<T>& f, const QueryTile* tiles, const TileChun
   const KeyRange range = tokens_of(keys, tiles);
   KeyChunk<T> chunk = {};
   for (int64_t t = queries.begin; t < queries.end; ++t) {
-    if (!sees_some(tiles[t], range)) continue;
+    if (!sees_some(tiles[t], range) || beyond_window(f, tiles[t], range)) continue;
     if (chunk.kt == nullptr) chunk = load_chunk(f, range, key_head, workspace);
     each_panel(f, tiles[t], key_head, [&](const Panel<T>& panel) { backward_panel(panel, chunk, g, workspace); });
   }

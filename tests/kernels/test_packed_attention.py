@@ -111,12 +111,11 @@ def test_any_blocks(queries, keys, window, monkeypatch, triton_device) -> None:
     check(*both(layout, window=window), operands(layout.num_tokens, 1, 1, 16, triton_device))
 
 
-def test_runs_that_begin_within_a_block_of_the_schedule(monkeypatch, triton_device) -> None:
+@pytest.mark.parametrize("width", [128, 256])
+def test_runs_that_begin_within_a_block_of_the_schedule(width, triton_device) -> None:
     """The second sequence begins at 48, and after its first branch keys from 96 on are seen again."""
-    for table in ("FLOAT_FORWARD", "FLOAT_DKV", "FLOAT_DQ"):
-        monkeypatch.setattr(kernels, table, {64: kernels.Blocks(16, 16, 4, 1)})
-    layout = PackedLayout.from_forest([48, 12, 36, 80], [-1, -1, 1, 1], device=triton_device)
-    check(*both(layout), operands(176, 1, 1, 16, triton_device))
+    layout = PackedLayout.from_forest([48, 12, 36, 48], [-1, -1, 1, 1], device=triton_device)
+    check(*both(layout), operands(144, 1, 1, width, triton_device))
 
 
 @pytest.mark.parametrize("window", [1, 40, 2**31 - 1])
@@ -218,4 +217,10 @@ def test_opcheck(triton_device) -> None:
     inputs = [x.requires_grad_() for x in operands(13, 2, 1, 16, triton_device)]
     mask = layout.visible_until, layout.positions, layout.schedule
     sinks = torch.zeros(2, device=triton_device, requires_grad=True)
-    torch.library.opcheck(torch.ops.posttrain.packed_attention, (*inputs, *mask, sinks, 0.5, 3, 1.0, "triton"))
+    options = 0.5, 3, 1.0, "triton"
+    torch.library.opcheck(torch.ops.posttrain.packed_attention, (*inputs, *mask, sinks, *options))
+    results = torch.ops.posttrain.packed_attention(*inputs, *mask, sinks, *options)
+    results, inputs = [x.detach() for x in results], [x.detach() for x in inputs]
+    torch.library.opcheck(
+        torch.ops.posttrain.packed_attention_backward, (results[0], *inputs, *mask, *results, *options)
+    )

@@ -136,6 +136,10 @@ def test_independence_and_moving() -> None:
     assert moved.visible_until.is_meta and moved.positions.is_meta and moved.segment_starts == (0, 3, 5)
 
 
+def test_the_schedule_waits_for_no_device() -> None:
+    assert PackedLayout.from_forest([40, 9], [-1, 0], device="meta").schedule.is_meta  # a device that can't be read
+
+
 def test_moving_to_where_it_is_keeps_what_was_computed() -> None:
     with FakeTensorMode():
         whole = torch.empty(5, dtype=torch.int32, device="cuda")

@@ -214,9 +214,12 @@ def test_a_shared_prompt_gives_what_copies_of_it_give():
 def test_opcheck(dtype):
     layout = forest()
     inputs = [x.requires_grad_() for x in tensors(14, 4, 2, dtype=dtype)]
-    mask = layout.visible_until, layout.positions, None
+    mask, options = (layout.visible_until, layout.positions, None), (0.5, 3, 1.0, "cpu")
     for sinks in (None, torch.zeros(4, requires_grad=True)):
-        torch.library.opcheck(torch.ops.posttrain.packed_attention, (*inputs, *mask, sinks, 0.5, 3, 1.0, "cpu"))
+        torch.library.opcheck(torch.ops.posttrain.packed_attention, (*inputs, *mask, sinks, *options))
+    results = [x.detach() for x in torch.ops.posttrain.packed_attention(*inputs, *mask, None, *options)]
+    saved = [results[0], *(x.detach() for x in inputs)]
+    torch.library.opcheck(torch.ops.posttrain.packed_attention_backward, (*saved, *mask, *results, *options))
 
 
 def test_backends_and_their_reasons():
