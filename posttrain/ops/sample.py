@@ -124,6 +124,10 @@ def _forward(
     offsets: Tensor,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
+    if backend == "triton":
+        from posttrain.kernels.sample import sample_rows
+
+        return sample_rows(logits, temperature, top_k, top_p, min_p, seeds, offsets)
     logits = logits.float()
     logits = logits if logits.stride(-1) == 1 else logits.contiguous()
     parameters = [x.contiguous() for x in (temperature, top_k, top_p, min_p, seeds, offsets)]
