@@ -24,7 +24,7 @@ from torch import Tensor
 from posttrain.ops import nf4, reference, rms_norm
 from posttrain.ops.nf4_weight import NF4Weight
 
-_TILE = 1 << 22  # elements of x or dy that the gradient takes at a time
+_TILE = 1 << 22  # elements of x or dy that are converted or masked at a time
 
 
 class LoraLayer(NamedTuple):
