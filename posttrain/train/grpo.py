@@ -14,6 +14,7 @@ from torch import Tensor
 from posttrain.data import Example, Rows
 from posttrain.data.prompts import Prompt, tokenize_prompts
 from posttrain.models import head, hidden_states, token_logprobs
+from posttrain.models.causal_lm import causal_lm
 from posttrain.models.divergence import kl_divergence
 from posttrain.objectives import Loss
 from posttrain.objectives.advantage import Advantages, group_advantages
@@ -131,7 +132,7 @@ class GRPOTrainer(Trainer):
         return Packing(self.args.max_tokens_per_batch, self._shares_prefixes, self._objective.only_policy)
 
     def _check_prompts(self, prompts: Sequence[Prompt]) -> None:
-        """Raise if the model doesn't know a token, or a completion may fit into no micro-batch."""
+        """Raise if the model doesn't know a token or has no room for an answer, or no micro-batch has."""
         ids = [np.array(prompt.token_ids, np.int32) for prompt in prompts]
         self._check_vocabulary(
             Example(tokens, np.zeros(len(tokens), np.bool_), origin=prompt.origin)
@@ -139,6 +140,9 @@ class GRPOTrainer(Trainer):
         )
         longest = max(prompts, key=lambda prompt: len(prompt.token_ids))
         length, room = len(longest.token_ids), self.args.max_completion_length
+        context = getattr(causal_lm(self.model).config.get_text_config(), "max_position_embeddings", None)
+        if context is not None and length >= context:
+            raise ConfigError(f"{longest.origin} has {length} tokens, and the model's context {context}")
         if length + room > self.args.max_tokens_per_batch:
             raise ConfigError(
                 f"{longest.origin} has {length} tokens, with max_completion_length {room} more than "

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from posttrain.cli import main
 from posttrain.models import head, hidden_states
 from posttrain.ops import use_backend
 from posttrain.train import checkpoint
@@ -271,6 +272,33 @@ def test_a_failing_reward_saves_the_run(model_dir, tmp_path):
 def test_refuses_settings(model_dir, tmp_path, changes, message):
     with pytest.raises(ConfigError, match=message):
         fixed.trainer(model_dir, tmp_path, **changes)
+
+
+def test_a_prompt_needs_room_for_an_answer(model_dir, tmp_path):
+    args = fixed.trainer(model_dir, tmp_path).args
+    with pytest.raises(ConfigError, match=r"rows\[1\] has 256 tokens, and the model's context 256"):
+        GRPOTrainer(str(model_dir), fixed.vowels, args, [{"prompt": "x" * n} for n in (255, 256)])
+
+
+def test_command_line(model_dir, tmp_path, capsys):
+    data = tmp_path / "prompts.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"{n} + {n} = ", "answer": 2 * n}) + "\n" for n in range(4)))
+    flags = {
+        "model": model_dir,
+        "data": data,
+        "output_dir": tmp_path / "run",
+        "max_steps": 1,
+        "per_device_train_batch_size": 4,
+        "num_generations": 2,
+        "max_completion_length": 4,
+        "use_cpu": True,
+    }
+    common = ["grpo", *(part for name, value in flags.items() for part in (f"--{name}", str(value)))]
+    assert main([*common, "--reward_funcs", "numeric,exact_mach"]) == 2
+    assert "posttrain.rewards has no 'exact_mach'" in capsys.readouterr().err
+    assert main([*common, "--reward_funcs", "numeric,exact_match", "--reward_weights", "1,0.5"]) == 0
+    assert "checkpoint-1" in capsys.readouterr().out
+    assert {"rewards/numeric/mean", "rewards/exact_match/mean"} <= records(tmp_path / "run")[0].keys()
 
 
 def test_config_lists_what_the_objective_knows():
