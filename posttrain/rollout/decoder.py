@@ -113,7 +113,7 @@ class CompiledDecoder:
             every = torch.arange(max(256, 1 << (longest - 1).bit_length()))[None]
             like = torch.empty(0, dtype=self._dtype)
             tables = [self._rotary(like, every, *kind) for kind in self._kinds]
-            self._cos, self._sin = ([table[i][0].contiguous() for table in tables] for i in (0, 1))
+            self._cos, self._sin = ([table[i][0].to(self._dtype).contiguous() for table in tables] for i in (0, 1))
         return [x.index_select(0, positions) for x in self._cos], [x.index_select(0, positions) for x in self._sin]
 
     def _describe(self, row: Any, layer: Any, shape: LayerShape) -> None:

@@ -56,7 +56,7 @@ class Generation:
         if not self._leave(drawing) and self._steady(step, drawing):
             began = time.perf_counter()
             steps = self._burst(drawing)
-            self._stats.add_burst(steps, len(drawing), time.perf_counter() - began)
+            self._stats.add_burst(steps, len(drawing), self.scheduler, time.perf_counter() - began)
             self._leave(drawing)
         return drawing
 

@@ -47,8 +47,9 @@ class Stats:
         self.prompt_tokens, self.shared_tokens = scheduler.prompt_tokens, scheduler.shared_tokens
         self.preempted, self.peak_pages = scheduler.preempted, max(self.peak_pages, scheduler.held)
 
-    def add_burst(self, steps: int, sequences: int, seconds: float) -> None:
+    def add_burst(self, steps: int, sequences: int, scheduler: "Scheduler", seconds: float) -> None:
         """Count steps with one token of each sequence."""
+        self.peak_pages = max(self.peak_pages, scheduler.held)
         self.decode_tokens += steps * sequences
         self.decode_seconds += seconds
         self._count(steps, sequences)

@@ -1,0 +1,78 @@
+"""Open sequences: a search tree over the pages of the cache."""
+
+import pytest
+
+from posttrain.rollout import SamplingParams
+
+SOME = SamplingParams(max_tokens=6, ignore_eos=True, temperature=0)
+
+
+def test_growing_piece_by_piece(engine):
+    [[whole]] = engine.generate([[7] * 21], SamplingParams(max_tokens=18, ignore_eos=True, temperature=0))
+    sequence = engine.open([7] * 21)
+    pieces = [engine.grow([sequence], SOME)[0] for _ in range(3)]
+    assert [token for piece in pieces for token in piece.token_ids] == whole.token_ids
+    assert [logprob for piece in pieces for logprob in piece.logprobs] == whole.logprobs
+    assert engine.stats.prefill_tokens == 0  # what was computed was found again
+    engine.close(sequence)
+
+
+def test_forks_share_pages_and_part(engine):
+    root = engine.open([7] * 21)
+    engine.grow([root], SOME)
+    held = engine.pages_held
+    twins = [engine.fork(root) for _ in range(3)]
+    assert engine.pages_held == held
+    for token, twin in enumerate(twins, 10):
+        engine.append(twin, [token])
+    grown = engine.grow([root, *twins], SOME)
+    for token, twin, completion in zip((10, 11, 12), twins, grown[1:], strict=True):
+        prompt = [*root.tokens[:27], token]
+        assert twin.tokens == prompt + completion.token_ids
+        assert [[completion]] == engine.generate([prompt], SOME)
+    for one in (root, *twins):
+        engine.close(one)
+
+
+def test_idle_sequences_give_way(make_engine):
+    engine = make_engine(memory=6 * 4096)
+    root = engine.open([7] * 21)
+    [first] = engine.grow([root], SOME)
+    [[other]] = engine.generate([[9] * 40], SOME)
+    assert len(other.token_ids) == 6
+    assert root.pages == [] and root.computed == 0
+    [[expected]] = engine.generate([root.tokens], SOME)
+    assert engine.grow([root], SOME) == [expected]
+    engine.release()
+    assert engine.pages_held == 0 and first.token_ids == root.tokens[21:27]
+    engine.grow([root], SOME)
+    engine.close(root)
+
+
+def test_what_fails_leaves_sequences_as_they_were(engine, monkeypatch):
+    root = engine.open([7] * 21)
+    engine.grow([root], SOME)
+    tokens = root.tokens.copy()
+    run = engine._runner.run
+    monkeypatch.setattr(engine._runner, "run", lambda step: run(step) * float("nan"))
+    with pytest.raises(ValueError, match="no distribution"):
+        engine.grow([root], SOME)
+    monkeypatch.undo()
+    assert root.tokens == tokens
+    assert engine.grow([root], SOME) == engine.generate([tokens], SOME)[0]
+    engine.close(root)
+
+
+def test_errors(engine):
+    root = engine.open("root")
+    with pytest.raises(ValueError, match="grow takes each sequence once and n=1"):
+        engine.grow([root, root], SOME)
+    with pytest.raises(ValueError, match="grow takes each sequence once and n=1"):
+        engine.grow([root], SamplingParams(n=2))
+    with pytest.raises(ValueError, match="the sequence has 304 tokens, more than the 256 of the context"):
+        engine.append(root, "x" * 300)
+    engine.append(root, "!")
+    engine.close(root)
+    for use in (engine.close, engine.fork, lambda one: engine.grow([one], SOME)):
+        with pytest.raises(ValueError, match="the sequence isn't open"):
+            use(root)
