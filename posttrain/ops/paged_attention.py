@@ -51,8 +51,9 @@ def paged_attention(
     Returns:
         `[T, Hq, D]`, in the dtype of `q`. Statistics are in float32 (float64 for float64); the backend "cpu" computes
         half precision through float32 copies of the pages in use. A query's output depends only on its own sequence up
-        to itself, bit for bit: not on the rest of the batch, nor on how many of the sequence's queries come in one
-        call. With "cpu" it has the bits of `packed_attention` for a sequence that shares no prompt there.
+        to itself, bit for bit, not on the rest of the batch; with "triton" as long as decoding (`query_lens` None) and
+        chunks are called apart. With "cpu" it doesn't depend on how many of the sequence's queries come in one call
+        either, and has the bits of `packed_attention` for a sequence that shares no prompt there.
 
         Sequences whose tables begin with the same pages, as those of one prompt do, share the work on these pages
         where they follow each other in the batch (with "cpu").
@@ -176,6 +177,10 @@ def _forward(
 ) -> Tensor:
     """window and softcap are 0 for none."""
     _check_pages(q, key_cache, block_table, context_lens, query_lens)
+    if backend == "triton":
+        from posttrain.kernels.paged_attention import attend
+
+        return attend(q, key_cache, value_cache, block_table, context_lens, query_lens, sinks, scale, window, softcap)
     if q.dtype in (torch.bfloat16, torch.float16):
         key_cache, value_cache, block_table = _widened(key_cache, value_cache, block_table, context_lens)
     return _cpu_forward(q, key_cache, value_cache, block_table, context_lens, query_lens, sinks, scale, window, softcap)
