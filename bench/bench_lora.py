@@ -14,13 +14,13 @@ import pytest
 import torch
 from elementwise import DEVICE, DTYPE, randn, step
 from interleave import Comparison, Spread, interleave
-from peft import LoraConfig, inject_adapter_in_model
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from posttrain import ops
+from posttrain.models import prepare
 from posttrain.ops import LoraLayer
 from posttrain.ops.layout import PackedLayout
 
@@ -146,34 +146,25 @@ def test_lora_mlp(publish) -> None:
 
 @pytest.mark.parametrize("key_heads", [4, 16])
 def test_activations_of_a_decoder_layer(key_heads, report) -> None:
-    """A Llama layer with heads 64 wide: transformers' own with PEFT's layers, and one of our ops."""
+    """A Llama layer with heads 64 wide and PEFT's adapters, as transformers runs it and after `prepare`."""
     config = LlamaConfig(
+        vocab_size=8,
         hidden_size=WIDTH,
         intermediate_size=HEIGHTS[-1],
+        num_hidden_layers=1,
         num_attention_heads=WIDTH // 64,
         num_key_value_heads=key_heads,
         attn_implementation="sdpa",
     )
-    layer = LlamaDecoderLayer(config, 0).to(DEVICE, DTYPE).requires_grad_(False)
-    names = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
-    inject_adapter_in_model(LoraConfig(r=RANK, target_modules=names, init_lora_weights=False), layer)
-    linear = {name: getattr(layer.self_attn, name, None) or getattr(layer.mlp, name) for name in names}
-    mine = [_ours(linear[name]) for name in names]
-    x = randn(1, TOKENS, WIDTH).requires_grad_()
-    cos, sin = LlamaRotaryEmbedding(config).to(DEVICE)(x, torch.arange(TOKENS, device=DEVICE)[None])
-    layout = PackedLayout.from_lengths([TOKENS]).to(DEVICE)
-
-    norms = [(n.weight, n.variance_epsilon) for n in (layer.input_layernorm, layer.post_attention_layernorm)]
-
-    def posttrain() -> Tensor:
-        q, k, v = (t.view(1, TOKENS, -1, 64) for t in ops.lora_qkv(x, *mine[:3], norm=norms[0]))
-        q, k = ops.rope(q, k, cos, sin, unsqueeze_dim=2)
-        attended = ops.packed_attention(q[0], k[0], v[0], layout).view(1, TOKENS, WIDTH)
-        middle = x + ops.lora_linear(attended, *mine[3])
-        return middle + ops.lora_mlp(middle, *mine[4:], norm=norms[1])
-
-    functions = {"PEFT": lambda: layer(x, position_embeddings=(cos, sin)), "posttrain": posttrain}
-    kept = {name: _saved_bytes(run, layer) for name, run in functions.items()}
+    lora = LoraConfig(r=RANK, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    model = get_peft_model(LlamaForCausalLM(config).to(DEVICE, DTYPE), lora)
+    body = model.get_base_model().model
+    x, positions = randn(1, TOKENS, WIDTH).requires_grad_(), torch.arange(TOKENS, device=DEVICE)[None]
+    inputs = {"position_embeddings": body.rotary_emb(x, positions), "position_ids": positions}
+    kept = {"PEFT": _saved_bytes(lambda: body.layers[0](x, **inputs), model)}
+    prepare(model)
+    inputs["layout"] = PackedLayout.from_lengths([TOKENS]).to(DEVICE)
+    kept["posttrain"] = _saved_bytes(lambda: body.layers[0](x, **inputs), model)
     ratio = kept["posttrain"] / kept["PEFT"]
     sizes = ", ".join(f"{name} {size / 2**20:.1f} MiB" for name, size in kept.items())
     lines = [f"activations of a decoder layer, {TOKENS} tokens, {key_heads} key heads: {sizes}, ratio {ratio:.3f}"]

@@ -1,5 +1,6 @@
 """LoRA and QLoRA in training: TRL's losses with PEFT's own layers, and adapters that go where PEFT's go."""
 
+import math
 import runpy
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from posttrain import SFTConfig, SFTTrainer
+from posttrain import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 from posttrain.cli import main
 from posttrain.models import dequantize, load
 from posttrain.models.prepare import is_prepared, prepare
@@ -136,6 +137,38 @@ def test_a_tied_language_head_can_have_an_adapter(model_dir, rows, tmp_path):
     run.model.eval()
     for model in (back, stock):
         torch.testing.assert_close(logits(model, words), logits(run.model, words))
+
+
+def any_reward(completion_ids, **columns) -> list[float]:
+    return [float(sum(ids) % 7) for ids in completion_ids]
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.parametrize("method", ["dpo", "grpo"])
+@pytest.mark.parametrize("bits", [32, 4])
+def test_an_adapter_on_the_head_in_other_methods(start, tmp_path, method, bits):
+    names = ("learning_rate", "gradient_checkpointing", "use_cpu", "logging_steps")
+    settings = {name: COMMON[name] for name in names} | LORA
+    settings |= {
+        "output_dir": str(tmp_path),
+        "max_steps": 2,
+        "lora_target_modules": ["q_proj", "lm_head"],
+        "load_in_4bit": bits == 4,
+    }
+    prompts = [f"Question {n}: {n} + {n} = " for n in range(4)]
+    if method == "dpo":
+        pairs = [{"prompt": prompt, "chosen": f"{n}!", "rejected": f"{n}?"} for n, prompt in enumerate(prompts)]
+        run = DPOTrainer(str(start), None, DPOConfig(per_device_train_batch_size=4, **settings), pairs)
+    else:
+        size = {"per_device_train_batch_size": 8, "num_generations": 4, "max_completion_length": 8}
+        rows = [{"prompt": prompt} for prompt in prompts]
+        run = GRPOTrainer(str(start), any_reward, GRPOConfig(**size, **settings), rows)
+    run.train()
+    (lora_b,) = [p for name, p in run.model.named_parameters() if "lm_head.lora_B" in name]
+    assert lora_b.any()
+    for record in run.log_history:
+        assert math.isfinite(record["loss"])
+        assert record.get("sampling/sampling_logp_difference/max", 0.0) <= 1e-5
 
 
 @pytest.mark.parametrize("bits", [32, 4])
