@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import Any, NamedTuple, NoReturn
 
 from posttrain import __version__
+from posttrain.rollout.commands import add_commands
 from posttrain.train.config import ConfigError, TrainConfig, fields_of, read_yaml
 from posttrain.train.dpo_config import DPOConfig
 from posttrain.train.grpo_config import GRPOConfig
@@ -73,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(method.name, help=method.help, description=about, allow_abbrev=False)
         _add_fields(command, method.config)
         command.set_defaults(run=_train, method=method)
+    add_commands(commands)
     doctor = commands.add_parser("doctor", help="show what this machine has and which backends it would use")
     doctor.set_defaults(run=_doctor)
     return parser

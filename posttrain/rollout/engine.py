@@ -1,6 +1,7 @@
 """The engine: generation with the modules that are being trained."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +15,7 @@ from posttrain.rollout.paged import PagedRunner, layer_shapes
 from posttrain.rollout.pages import PagePool
 from posttrain.rollout.params import Completion, Piece, SamplingParams
 from posttrain.rollout.plain import PlainRunner
+from posttrain.rollout.progress import show
 from posttrain.rollout.prompts import encode, encode_all
 from posttrain.rollout.scheduler import Scheduler
 from posttrain.rollout.scoring import score
@@ -116,7 +118,12 @@ class Engine:
             self._cache.release()
 
     def generate(
-        self, prompts: Sequence[Any], params: Params | None = None, *, on_finish: OnFinish | None = None
+        self,
+        prompts: Sequence[Any],
+        params: Params | None = None,
+        *,
+        on_finish: OnFinish | None = None,
+        progress: bool = False,
     ) -> list[list[Completion]]:
         """`params.n` completions of every prompt, in the order of the prompts.
 
@@ -124,6 +131,7 @@ class Engine:
             prompts: texts, lists of token ids or lists of chat messages.
             params: how tokens are drawn, or one for each prompt.
             on_finish: called with the index of each prompt that is done and its completions, as they get done.
+            progress: show on a terminal how many prompts are done, and how fast tokens are drawn.
 
         Raises:
             ValueError: a prompt that can't be used, by its number, before anything is generated. Whatever ends a call
@@ -133,21 +141,27 @@ class Engine:
         every = _each(params, len(tokens))
         firsts = self._firsts(tokens, every)
         self.finished = {}
-        parts: list[dict[int, Completion]] = [{} for _ in tokens]
-        for index, wanted in enumerate(every):
-            if wanted.n == 0:
-                self._done(index, [], on_finish)
-        for branch in self._complete(firsts):
-            part = parts[branch.prompt]
-            part[branch.sample] = self._completion(branch)
-            if len(part) == every[branch.prompt].n:
-                self._done(branch.prompt, [part[sample] for sample in range(len(part))], on_finish)
+        with show(len(tokens)) if progress else nullcontext() as bar:
+            for index, completions in self._prompts_done(firsts, every):
+                self.finished[index] = completions
+                if on_finish is not None:
+                    on_finish(index, completions)
+                if bar is not None:
+                    bar.report(len(self.finished), self.stats)
         return [self.finished[index] for index in range(len(tokens))]
 
-    def _done(self, index: int, completions: list[Completion], on_finish: OnFinish | None) -> None:
-        self.finished[index] = completions
-        if on_finish is not None:
-            on_finish(index, completions)
+    def _prompts_done(
+        self, firsts: list[Branch], every: list[SamplingParams]
+    ) -> Iterator[tuple[int, list[Completion]]]:
+        """Index and completions of every prompt, as they get done."""
+        yield from ((index, []) for index, params in enumerate(every) if params.n == 0)
+        parts: list[dict[int, Completion]] = [{} for _ in every]
+        for branch in self._draws(firsts, streaming=False):
+            if branch.finish_reason:
+                part = parts[branch.prompt]
+                part[branch.sample] = self._completion(branch)
+                if len(part) == every[branch.prompt].n:
+                    yield branch.prompt, [part[sample] for sample in range(len(part))]
 
     def stream(self, prompts: Sequence[Any], params: Params | None = None) -> Iterator[Piece]:
         """The same, as it is drawn: a `Piece` for every token, of all completions as they come.
@@ -294,10 +308,6 @@ class Engine:
         if length >= pages:
             raise ValueError(f"{name} has {length} tokens, and the cache holds {pages}: give the engine more memory")
         return min(self.context_length or pages, pages) - length
-
-    def _complete(self, branches: list[Branch]) -> Iterator[Branch]:
-        """Generate; every sequence once it is complete."""
-        return (branch for branch in self._draws(branches, streaming=False) if branch.finish_reason)
 
     def _draws(self, branches: list[Branch], streaming: bool) -> Iterator[Branch]:
         """Generate; sequences whenever they drew tokens, with those that may have none first."""
