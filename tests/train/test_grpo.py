@@ -19,7 +19,7 @@ from posttrain.train.config import ConfigError
 from posttrain.train.grpo import GRPOConfig, GRPOTrainer
 from posttrain.train.loop import _recompute_activations
 
-FULL = {"beta": 0.04, "loss_type": "grpo", "entropy_coef": 0.01}
+FULL = {"beta": 0.04, "loss_type": "grpo", "entropy_coef": 0.01, "top_entropy_quantile": 0.6}
 
 
 @pytest.fixture
