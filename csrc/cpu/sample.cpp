@@ -103,24 +103,52 @@ inline VecInt ordered(Vec<float> z) {
   return bits ^ ((bits >> 31) & 0x7fffffff);
 }
 
+// The row in at most kParts parts, with the largest number (as by `ordered`) in each.
+struct Parts {
+  static constexpr int64_t kParts = 2048;
+  int64_t length, count;
+  int32_t largest[kParts];
+
+  explicit Parts(const Row& row) {
+    length = (row.size + kParts - 1) / kParts;
+    length = length < kGroup ? kGroup : (length + kLanes - 1) / kLanes * kLanes;
+    count = (row.size + length - 1) / length;
+    for (int64_t p = 0; p < count; ++p) {
+      Vec<float> top = splat(-kInfinity);
+      each_vector(row, p, [&](Vec<float> z) { top = max<float>(top, z); });
+      largest[p] = ordered(splat(max_lane<float>(top)))[0];
+    }
+  }
+
+  template <class Body>
+  void each_vector(const Row& row, int64_t part, Body body) const {
+    const int64_t end = (part + 1) * length < row.size ? (part + 1) * length : row.size;
+    row.each_vector(part * length, end, [&](int64_t i, int lanes) { body(row.z(i, lanes)); });
+  }
+
+  // Whether at least k numbers are at least `least`; parts without any are passed over.
+  bool enough(const Row& row, int64_t k, int32_t least) const {
+    for (int64_t p = 0; p < count && k > 0; ++p) {
+      if (largest[p] < least) continue;
+      VecInt counts = {};
+      each_vector(row, p, [&](Vec<float> z) { counts -= ordered(z) >= least; });
+      for (int lane = 0; lane < kLanes; ++lane) k -= counts[lane];
+    }
+    return k <= 0;
+  }
+};
+
 // Weight of the k largest z, and of all equal to the last of them. The number of the k-th is found bit by bit.
 double weight_of_largest(const Row& row, int64_t k) {
+  const Parts parts(row);
   int32_t kth = INT32_MIN;
-  for (int64_t bit = int64_t(1) << 31; bit > 0; bit >>= 1) {
-    const int32_t next = int32_t(kth + bit);
-    VecInt counts = {};
-    row.each_vector(0, row.size, [&](int64_t i, int lanes) { counts -= ordered(row.z(i, lanes)) >= next; });
-    int64_t count = 0;
-    for (int lane = 0; lane < kLanes; ++lane) count += counts[lane];
-    if (count >= k) kth = next;
-  }
+  for (int64_t bit = int64_t(1) << 31; bit > 0; bit >>= 1)
+    if (parts.enough(row, k, int32_t(kth + bit))) kth = int32_t(kth + bit);
   double weight = 0;
-  for (int64_t begin = 0; begin < row.size; begin += kChunk) {
+  for (int64_t p = 0; p < parts.count; ++p) {
+    if (parts.largest[p] < kth) continue;
     Vec<float> sums = {};
-    row.each_vector(begin, row.chunk_end(begin), [&](int64_t i, int lanes) {
-      const Vec<float> z = row.z(i, lanes);
-      sums += ordered(z) >= kth ? exp_or_zero(z) : splat(0.0f);
-    });
+    parts.each_vector(row, p, [&](Vec<float> z) { sums += ordered(z) >= kth ? exp_or_zero(z) : splat(0.0f); });
     weight += sum<float>(sums);
   }
   return weight;
