@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -208,6 +209,17 @@ class Engine:
             pairs += [(prompt, self._tokens(completion, f"a completion of prompt {index}")) for completion in own]
         scores = iter(score(self.model, pairs, temperature or 1.0, self._max_tokens))
         return [[next(scores) for _ in range(count)] for count in counts]
+
+    def logprob_difference(
+        self, prompts: Sequence[Any], results: Sequence[Sequence[Completion]], *, temperature: float = 1.0
+    ) -> dict[str, float]:
+        """How far the log-probabilities of what `generate` gave are from those of training, by metric name."""
+        scores = self.score(prompts, results, temperature=temperature)
+        pairs = zip(chain.from_iterable(results), chain.from_iterable(scores), strict=True)
+        differences = [abs(a - b) for one, scored in pairs for a, b in zip(one.logprobs, scored, strict=True)]
+        name = "sampling/sampling_logp_difference"
+        mean = sum(differences) / max(len(differences), 1)
+        return {f"{name}/mean": mean, f"{name}/max": max(differences, default=0.0)}
 
     def _tokens(self, completion: Any, name: str) -> list[int]:
         if isinstance(completion, Completion):
