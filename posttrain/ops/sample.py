@@ -58,8 +58,8 @@ def sample(
         gives token 0 with the logprob NaN.
 
     Raises:
-        ValueError: shapes, dtypes or devices that don't fit, with the numbers; temperature, top_k, top_p or min_p out
-            of range, where they are numbers or on the CPU.
+        ValueError: shapes, dtypes or devices that don't fit, with the numbers; logits that need a gradient;
+            temperature, top_k, top_p or min_p out of range, where they are numbers or on the CPU.
     """
     _check(logits, seeds, offsets)
     backend = backend_for("sample", logits)
@@ -78,6 +78,8 @@ def sample(
 def _check(logits: Tensor, seeds: Tensor, offsets: Tensor) -> None:
     if logits.ndim != 2 or logits.shape[1] == 0 or not logits.is_floating_point():
         raise ValueError(f"sample: logits must be floating [S, V], got {logits.dtype} {list(logits.shape)}")
+    if torch.is_grad_enabled() and logits.requires_grad:
+        raise ValueError("sample: has no gradient; call it under torch.no_grad()")
     for name, x in (("seeds", seeds), ("offsets", offsets)):
         if x.shape != logits.shape[:1] or x.dtype != torch.int64 or x.device != logits.device:
             raise ValueError(

@@ -230,6 +230,7 @@ def test_backends_and_their_reasons():
     [
         ({"logits": torch.zeros(9)}, r"floating \[S, V\], got torch.float32 \[9\]"),
         ({"logits": torch.zeros(2, 9).int()}, r"got torch.int32 \[2, 9\]"),
+        ({"logits": torch.zeros(2, 9).requires_grad_()}, "no gradient; call it under torch.no_grad"),
         ({"logits": torch.zeros(2, 0)}, r"got torch.float32 \[2, 0\]"),
         ({"seeds": torch.zeros(3).long()}, r"seeds must be int64 \[2\] on cpu, got torch.int64 \[3\]"),
         ({"offsets": torch.zeros(2)}, r"offsets must be int64 \[2\] on cpu, got torch.float32 \[2\]"),
