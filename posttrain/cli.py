@@ -5,6 +5,7 @@ Heavy libraries are imported by the command that needs them, so that `--help` an
 
 import argparse
 import difflib
+import logging
 import sys
 import warnings
 from collections.abc import Sequence
@@ -108,6 +109,7 @@ def _train(options: argparse.Namespace) -> int:
 
     disable_progress_bar()  # ours shows the training; the others are of loading and saving files
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # PEFT uses its older names
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it; it warns of kernels that it lacks
     module, _, name = method.trainer.partition(":")
     try:
         result = getattr(import_module(module), name)(args=config).train()
