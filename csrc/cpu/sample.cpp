@@ -1,9 +1,10 @@
 // Drawing tokens (posttrain/ops/sample.py has the formulas).
 //
-// The largest z + g among all tokens is that of the tokens that stay, if it stays itself. If it doesn't, everything that
-// stays lies above it, and the next draw is among the tokens above it: no sorting, no search for a threshold. A token
-// stays if the count and the weight of the tokens above it say so. Random numbers are made for groups of kGroup tokens,
-// and only for groups of which some token may still win, as g is at most kMostGumbel.
+// top_k and min_p give the least z that stays; the k-th largest is found bit by bit, over those parts of the row that may
+// hold it. top_p needs no search: the largest z + g among all tokens is that of the tokens that stay, if it stays itself,
+// as the weight of the tokens above it says. If it doesn't, everything that stays lies above it, and the next draw is
+// among the tokens above. Random numbers are made for groups of kGroup tokens, and only for groups of which some token
+// may still win, as g is at most kMostGumbel.
 #include "cpu/kernels.h"
 #include "cpu/simd.h"
 
@@ -74,33 +75,29 @@ bool find_top(Row& row) {
   return max_lane<float>(sick) == 0 && row.top > -kInfinity && row.top < kInfinity;
 }
 
-// The weight of the tokens with z > limit (all, if limit is minus infinity), and how many they are.
-struct Above {
+// The weight of the tokens with z > limit, all if that is minus infinity: 0 only where there are none, as the largest
+// token weighs 1.
+double weight_above(const Row& row, float limit) {
   double weight = 0;
-  int64_t count = 0;
-};
-
-Above above(const Row& row, float limit) {
-  Above result;
   for (int64_t begin = 0; begin < row.size; begin += kChunk) {
     Vec<float> sums = {};
-    VecInt counts = {};
     row.each_vector(begin, row.chunk_end(begin), [&](int64_t i, int lanes) {
       const Vec<float> z = row.z(i, lanes);
-      const VecInt counted = z > limit;
-      sums += counted ? exp_or_zero(z) : splat(0.0f);
-      counts -= counted;
+      sums += z > limit ? exp_or_zero(z) : splat(0.0f);
     });
-    result.weight += sum<float>(sums);
-    for (int lane = 0; lane < kLanes; ++lane) result.count += counts[lane];
+    weight += sum<float>(sums);
   }
-  return result;
+  return weight;
 }
 
-// Numbers in the order of the floats z they come from, NaN excepted.
+// Numbers in the order of the floats z they come from, NaN excepted; and the float bits they come from.
 inline VecInt ordered(Vec<float> z) {
   const VecInt bits = (VecInt)z;
   return bits ^ ((bits >> 31) & 0x7fffffff);
+}
+
+inline float unordered(int32_t number) {
+  return ((Vec<float>)((VecInt{} + number) ^ (((VecInt{} + number) >> 31) & 0x7fffffff)))[0];
 }
 
 // The row in at most kParts parts, with the largest number (as by `ordered`) in each.
@@ -138,8 +135,14 @@ struct Parts {
   }
 };
 
-// Weight of the k largest z, and of all equal to the last of them. The number of the k-th is found bit by bit.
-double weight_of_largest(const Row& row, int64_t k) {
+// The k-th largest z, and the weight of those and of all equal to the last of them.
+struct Largest {
+  float last;
+  double weight;
+};
+
+// The number of the k-th is found bit by bit.
+Largest find_largest(const Row& row, int64_t k) {
   const Parts parts(row);
   int32_t kth = INT32_MIN;
   for (int64_t bit = int64_t(1) << 31; bit > 0; bit >>= 1)
@@ -151,7 +154,7 @@ double weight_of_largest(const Row& row, int64_t k) {
     parts.each_vector(row, p, [&](Vec<float> z) { sums += ordered(z) >= kth ? exp_or_zero(z) : splat(0.0f); });
     weight += sum<float>(sums);
   }
-  return weight;
+  return {unordered(kth), weight};
 }
 
 typedef uint32_t VecWord __attribute__((vector_size(kVectorBytes)));
@@ -239,27 +242,21 @@ int64_t draw(const Row& row, float limit, float floor, uint64_t seed, uint64_t o
   return token;
 }
 
-struct Filters {
-  int64_t top_k;
-  double top_p;
-  float lowest;  // log min_p
-};
-
-int64_t draw_filtered(const Row& row, double weight, const Filters& filters, uint64_t seed, uint64_t offset) {
+// `weight` is that of all tokens, `floor` what min_p leaves.
+int64_t draw_filtered(const Row& row, double weight, int64_t top_k, double top_p, float floor, uint64_t seed,
+                      uint64_t offset) {
+  if (top_k > 0 && top_k < row.size) {
+    const Largest largest = find_largest(row, top_k);
+    floor = largest.last > floor ? largest.last : floor;
+    weight = largest.weight;
+  }
   float limit = -kInfinity;
-  const bool by_count = filters.top_k > 0 && filters.top_k < row.size, by_weight = filters.top_p < 1;
-  bool narrowed = !(by_count && by_weight);
   for (;;) {
-    const int64_t token = draw(row, limit, filters.lowest, seed, offset);
-    if (!by_count && !by_weight) return token;
+    const int64_t token = draw(row, limit, floor, seed, offset);
+    if (top_p >= 1) return token;
     limit = row.z(token);
-    const Above rest = above(row, limit);
-    if (rest.count == 0) return token;
-    if (by_count && rest.count >= filters.top_k) continue;
-    if (!by_weight) return token;
-    if (!narrowed) weight = weight_of_largest(row, filters.top_k);
-    narrowed = true;
-    if (rest.weight < filters.top_p * weight) return token;
+    const double above = weight_above(row, limit);
+    if (above == 0 || above < top_p * weight) return token;
   }
 }
 
@@ -279,11 +276,11 @@ void sample(const SampleBatch& batch, int64_t* tokens, float* logprobs, int thre
     tokens[r] = 0;
     logprobs[r] = __builtin_nanf("");
     if (!find_top(row)) continue;
-    const double weight = above(row, -kInfinity).weight;
-    const Filters filters = {batch.top_k[r], batch.top_p[r], float(__builtin_log(batch.min_p[r]))};
+    const double weight = weight_above(row, -kInfinity);
     tokens[r] = batch.temperature[r] == 0
                     ? first_of_largest(row)
-                    : draw_filtered(row, weight, filters, batch.seeds[r], batch.offsets[r]);
+                    : draw_filtered(row, weight, batch.top_k[r], batch.top_p[r], float(__builtin_log(batch.min_p[r])),
+                                    batch.seeds[r], batch.offsets[r]);
     const double z = (double(row.logits[tokens[r]]) - row.top) / temperature;
     logprobs[r] = float(z - __builtin_log(weight));
   }
