@@ -9,7 +9,7 @@ import torch
 
 from posttrain.data import Example, Rows
 from posttrain.data.load import load_rows
-from posttrain.models import add_adapter, add_lora, load, prepare
+from posttrain.models import add_adapter, add_lora, head, load, prepare
 from posttrain.models.causal_lm import causal_lm
 from posttrain.objectives import Loss
 from posttrain.train import checkpoint
@@ -133,7 +133,9 @@ class Trainer(ABC):
             raise ConfigError(f"model must be a folder, a hub id or a transformers model, got {type_name(model)}")
         if tokenizer is None:
             raise ConfigError("no tokenizer: give processing_class along with a model object")
-        return self._add_adapter(model, peft_config), tokenizer
+        model = self._add_adapter(model, peft_config).train()
+        head(model)  # raises now, not in the first step, for an adapter on the head that can't be trained
+        return model, tokenizer
 
     def _add_adapter(self, model: Any, peft_config: Any) -> Any:
         args = self.args

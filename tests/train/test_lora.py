@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from posttrain import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 from posttrain.cli import main
-from posttrain.models import dequantize, load
+from posttrain.models import ModelError, dequantize, load
 from posttrain.models.prepare import is_prepared, prepare
 from posttrain.models.quantized import NF4Linear
 from posttrain.train.config import ConfigError
@@ -137,6 +137,14 @@ def test_a_tied_language_head_can_have_an_adapter(model_dir, rows, tmp_path):
     run.model.eval()
     for model in (back, stock):
         torch.testing.assert_close(logits(model, words), logits(run.model, words))
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+def test_dropout_on_the_head_is_an_error_before_anything_is_written(model_dir, rows, tmp_path):
+    changes = {**LORA, "lora_dropout": 0.1, "lora_target_modules": ["lm_head"]}
+    with pytest.raises(ModelError, match="must be plain LoRA without dropout: it has dropout"):
+        trainer(str(model_dir), tmp_path / "run", rows, **changes)
+    assert not (tmp_path / "run").exists()
 
 
 def any_reward(completion_ids, **columns) -> list[float]:
