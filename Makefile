@@ -1,4 +1,4 @@
-# make demo   set up .venv and run the main job: SFT on a small model, with samples and scores before and after
+# make demo   set up .venv and run the main job: SFT, DPO and GRPO of a small model, with scores and samples after each
 # make test   set up .venv, lint, and run the tests
 # make bench  set up .venv and measure every op and the SFT loop against its peers
 # make gpu    on a machine with a CUDA GPU: build, GPU tests, benchmarks; results as JSON in $OUT or bench/results

@@ -1,4 +1,4 @@
-"""Write the arithmetic data set: data/arithmetic-train.jsonl and data/arithmetic-test.jsonl beside this file.
+"""Write the arithmetic data: arithmetic-train.jsonl, arithmetic-cold-start.jsonl and arithmetic-test.jsonl in data/.
 
 Every row is a chat: a sum, a difference or a product, and the answer worked out column by column from the right, as
 at school, with carries and borrows:
@@ -8,7 +8,10 @@ at school, with carries and borrows:
                                 Hundreds: 5-1-1=3
                                 Answer: 336
 
-The seed fixes every byte. No problem occurs twice, within a file or across the two; a + b and b + a are one problem.
+The cold start holds the same solutions and, mixed in, one and a half times as many chats of other problems whose answer
+comes without any work. A small model can't calculate in its head: what it learns from those is mostly to guess.
+
+The seed fixes every byte. No problem occurs twice, but that train is part of the cold start; a + b and b + a are one.
 """
 
 import json
@@ -17,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 SEED = 20250321
-TRAIN_ROWS, TEST_ROWS = 4000, 300
+TRAIN_ROWS, HASTY_ROWS, TEST_ROWS = 4000, 6000, 300
 
 PLACES = ("Ones", "Tens", "Hundreds", "Thousands")
 QUESTIONS = ("What is {}?", "Compute {}.", "{} = ?")
@@ -99,14 +102,25 @@ def row(operator: str, a: int, b: int, question: str) -> dict[str, list[dict[str
     }
 
 
+def hasty(chat: dict[str, list[dict[str, str]]]) -> dict[str, list[dict[str, str]]]:
+    """The chat with the last line of its answer alone."""
+    question, answer = chat["messages"]
+    return {"messages": [question, {**answer, "content": answer["content"].split("\n")[-1]}]}
+
+
 def main(folder: Path = Path(__file__).parent / "data") -> None:
-    """Write both files into `folder`."""
+    """Write the files into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(SEED)
     source = problems(rng)
-    for name, rows in (("arithmetic-test.jsonl", TEST_ROWS), ("arithmetic-train.jsonl", TRAIN_ROWS)):
-        lines = [json.dumps(row(*next(source), rng.choice(QUESTIONS))) for _ in range(rows)]
-        (folder / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    test, train, others = (
+        [row(*next(source), rng.choice(QUESTIONS)) for _ in range(rows)] for rows in (TEST_ROWS, TRAIN_ROWS, HASTY_ROWS)
+    )
+    cold_start = train + [hasty(chat) for chat in others]
+    rng.shuffle(cold_start)
+    for name, chats in (("test", test), ("train", train), ("cold-start", cold_start)):
+        lines = [json.dumps(chat) for chat in chats]
+        (folder / f"arithmetic-{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
