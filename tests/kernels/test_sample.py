@@ -40,7 +40,7 @@ def draw(logits, seed=5, **given):
     ],
     ids=["top_k", "top_p"],
 )
-@pytest.mark.parametrize("size", [97, 600])
+@pytest.mark.parametrize("size", [97, 300])
 def test_draws_the_tokens_of_the_definition(size, given, triton_device) -> None:
     logits = torch.randn(4, size, generator=torch.Generator().manual_seed(size)) * 2
     tokens, logprobs = draw(logits.to(triton_device), **given)
@@ -52,7 +52,7 @@ def test_draws_the_tokens_of_the_definition(size, given, triton_device) -> None:
 
 def test_rejections_end_at_what_stays(triton_device) -> None:
     """Of many almost equal tokens few stay, so that most first draws are rejected."""
-    logits = (torch.arange(300) % 7 == 3).float().repeat(6, 1) * 0.1
+    logits = (torch.arange(300) % 7 == 3).float().repeat(3, 1) * 0.1
     logits[:, [250, 299]] = 0.2
     tokens, _ = draw(logits.to(triton_device), top_k=[2, 2, 0], top_p=[1.0, 0.5, 1e-3])
     assert set(tokens.tolist()) <= {250, 299}
@@ -65,6 +65,7 @@ def test_logits_of_ten_thousand(shift, triton_device) -> None:
     assert_true_to(logprobs, logits.double().log_softmax(-1).gather(-1, tokens[:, None])[:, 0])
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 def test_masked_ties_and_rows_without_a_distribution(triton_device) -> None:
     logits = torch.full((5, 300), -math.inf, device=triton_device)
     logits[0, 280] = 1.0

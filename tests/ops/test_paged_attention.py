@@ -130,7 +130,7 @@ def test_agrees_for_any_width_and_page(width, page_size):
 
 
 @pytest.mark.usefixtures("poison")
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_step(data):
     contexts = data.draw(st.lists(st.integers(0, 200), max_size=6))
