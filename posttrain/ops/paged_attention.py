@@ -154,6 +154,14 @@ def _check_write(k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tensor, s
         raise ValueError(f"write_cache: needs k and v [T, Hkv, D] and caches [P, page_size, Hkv, D]; got {shapes}")
     if k.ndim != 3 or k.shape[1:] != key_cache.shape[2:]:
         raise ValueError(f"write_cache: k and v must be [T, {', '.join(map(str, key_cache.shape[2:]))}]; got {shapes}")
+    devices = {str(x.device) for x in (k, v, key_cache, value_cache, slots)}
+    if len(devices) > 1:
+        raise ValueError(f"write_cache: the tensors are on several devices, {', '.join(sorted(devices))}")
+    if not k.is_floating_point() or k.dtype != v.dtype or key_cache.dtype != value_cache.dtype:
+        raise ValueError(
+            "write_cache: k and v, and the caches, must share a floating dtype, "
+            f"got {k.dtype}, {v.dtype}, {key_cache.dtype}, {value_cache.dtype}"
+        )
     if torch.is_grad_enabled() and any(x.requires_grad for x in (k, v, key_cache, value_cache)):
         raise ValueError("write_cache: has no gradient; call it under torch.no_grad()")
     if slots.shape != k.shape[:1] or slots.dtype != torch.int64:

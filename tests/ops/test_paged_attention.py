@@ -200,9 +200,8 @@ def test_float64_and_strides():
     table = torch.cat([step.block_table] * 2, 1)[:, : step.block_table.shape[1]]
     strided = replace(step, q=fused, key_cache=both[:, 0], value_cache=both[:, 1], block_table=table)
     assert torch.equal(strided.run(), step.run())
-    spread = replace(step, q=torch.stack([step.q, step.q], -1)[..., 0], key_cache=both.transpose(1, 4)[:, :, 0, :, :])
-    spread = replace(spread, key_cache=torch.stack([step.key_cache] * 2, -1)[..., 0])
-    assert torch.equal(spread.run(), step.run())
+    apart = {name: torch.stack([getattr(step, name)] * 2, -1)[..., 0] for name in ("q", "key_cache")}
+    assert torch.equal(replace(step, **apart).run(), step.run())
 
 
 @pytest.mark.parametrize("level", [1e4, -1e4])
@@ -273,6 +272,9 @@ K, CACHE, SLOTS = torch.ones(2, 2, 4), torch.zeros(3, 8, 2, 4), torch.tensor([0,
         ((K, K[:1], CACHE, CACHE, SLOTS), r"k \[2, 2, 4\], v \[1, 2, 4\]"),
         ((K, K, CACHE, CACHE[:2], SLOTS), r"caches \[3, 8, 2, 4\] and \[2, 8, 2, 4\]"),
         ((K[..., :3], K[..., :3], CACHE, CACHE, SLOTS), r"k and v must be \[T, 2, 4\]; got k \[2, 2, 3\]"),
+        ((K, K, CACHE, CACHE.to("meta"), SLOTS), "several devices, cpu, meta"),
+        ((K, K.double(), CACHE, CACHE, SLOTS), "share a floating dtype, got torch.float32, torch.float64"),
+        ((K, K, CACHE, CACHE.half(), SLOTS), "share a floating dtype, got .* torch.float32, torch.float16"),
         ((K, K, CACHE, CACHE, SLOTS[:1]), r"slots must be int64 \[2\], got torch.int64 \[1\]"),
         ((K, K, CACHE, CACHE, SLOTS.int()), r"slots must be int64 \[2\], got torch.int32"),
         ((K, K, CACHE.transpose(0, 1), CACHE.transpose(0, 1), SLOTS), "caches must be contiguous"),
