@@ -7,6 +7,8 @@ drawing at temperature 1 without an end-of-sequence token:
     shared   4 prompts of 256 tokens, 8 completions of 32 tokens each
     mixed    32 prompts of 16 tokens, 8 to 256 new tokens
 
+(of the demo's model, which knows 256 positions, as many as fit)
+
 `model.generate` has a static batch, padded on the left, its cache, and inference mode; it runs until its longest
 completion is done. Its prompts are repeated where a prompt has several completions. The floor is the time of the linear
 layers alone, as plain GEMMs with as many rows as there are sequences, measured in the same run.
@@ -57,16 +59,17 @@ def llama():
     return LlamaForCausalLM(config)
 
 
-def workload(kind, vocabulary):
-    """(prompts, completions of each, new tokens of each prompt)."""
+def workload(kind, config):
+    """(prompts, completions of each, new tokens of each prompt), within the model's positions."""
     draw = torch.Generator().manual_seed(0)
-    count, length = (4, 256) if kind == "shared" else (32, 16)
-    prompts = torch.randint(3, vocabulary, (count, length), generator=draw).tolist()
+    count, length = (4, min(256, config.max_position_embeddings - 32)) if kind == "shared" else (32, 16)
+    prompts = torch.randint(3, config.vocab_size, (count, length), generator=draw).tolist()
     if kind == "shared":
         return prompts, 8, [32] * 4
     if kind == "batch":
         return prompts, 1, [64] * 32
-    return prompts, 1, [8 + round(i * 248 / 31) for i in torch.randperm(32, generator=draw).tolist()]
+    most = min(256, config.max_position_embeddings - length)
+    return prompts, 1, [8 + round(i * (most - 8) / 31) for i in torch.randperm(32, generator=draw).tolist()]
 
 
 class NoWords:
@@ -151,7 +154,7 @@ TARGETS = {"batch": 4.0, "shared": 6.0, "mixed": 6.0}
 @pytest.mark.parametrize("make", [demo, llama])
 def test_speed(make, kind, publish):
     model = make()
-    prompts, n, lengths = workload(kind, model.config.vocab_size)
+    prompts, n, lengths = workload(kind, model.config)
     new = sum(lengths) * n
     ways = {"generate": generate_way, "posttrain": posttrain_way}
     if kind == "batch":
