@@ -16,6 +16,7 @@ from posttrain.ops import paged_attention, write_cache
 from posttrain.rollout.cache import KVCache, LayerShape, StepLayout, lay_out
 from posttrain.rollout.decoder import CompiledDecoder, Unusual
 from posttrain.rollout.evaluating import evaluating
+from posttrain.rollout.row_by_row import RowByRow
 from posttrain.rollout.scheduler import Step
 from posttrain.rollout.sequence import Sequence
 
@@ -55,7 +56,7 @@ class PagedRunner:
         if self.compiled is not None:
             return self.compiled(tokens, positions, rows, layout)
         causal = causal_lm(self._model)
-        with evaluating(causal):
+        with evaluating(causal), RowByRow():
             hidden = _forward(causal, tokens, positions, cache=self.cache, step=layout)
             return head(self._model).logits(hidden[rows])
 

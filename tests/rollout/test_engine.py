@@ -109,6 +109,16 @@ def test_alone_as_in_company(make_engine):
     assert together[:8] == one_by_one
 
 
+@pytest.mark.parametrize("name", ["llama", *OTHERS])
+def test_modules_alone_as_in_company(name, make_engine, prompts):
+    model = tiny(name)
+    prepare(model)
+    together = by_modules(make_engine(model)).generate(prompts, DRAWN)
+    in_pieces = by_modules(make_engine(model, max_tokens_per_step=7)).generate(prompts, DRAWN)
+    alone = [by_modules(make_engine(model)).generate([prompt], DRAWN)[0] for prompt in prompts]
+    assert together == in_pieces == alone
+
+
 def test_seeds(engine, prompts):
     first = engine.generate(prompts, DRAWN)
     assert engine.generate(prompts[::-1], DRAWN)[::-1] == first

@@ -1,0 +1,38 @@
+"""Linear layers of a model's own modules, each row by itself.
+
+While the mode is active, `torch.nn.functional.linear` in float32 or float64 on a CPU is the kernel of
+csrc/cpu/linear.cpp, which gives a row the same bits in any batch. What else a decoder does, it does row by row already.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from posttrain import _C
+
+
+class RowByRow(TorchFunctionMode):
+    """Use as a context, without gradients."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.linear and _fits(*args):
+            return _linear(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _fits(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+    wide = x.is_cpu and x.dtype in (torch.float32, torch.float64)
+    return wide and x.dtype == weight.dtype and weight.ndim == 2 and (bias is None or bias.dtype == x.dtype)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    x, weight = x.contiguous(), weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    y = x.new_empty(*x.shape[:-1], len(weight))
+    rows, width = x.numel() // max(x.shape[-1], 1), x.shape[-1]
+    address = 0 if bias is None else bias.data_ptr()
+    _C.linear(x.itemsize, x.data_ptr(), rows, width, weight.data_ptr(), address, y.data_ptr(), len(weight))
+    return y
