@@ -65,11 +65,6 @@ class KVCache:
         """Of all pages."""
         return self._options["dtype"]
 
-    @property
-    def num_bytes(self) -> int:
-        """Of all pages."""
-        return self.num_pages * page_bytes(self.shapes, self.page_size, self._options["dtype"])
-
     def allocate(self) -> None:
         """Have memory. On a CPU the system hands it out page by page, as it is first written."""
         if not self.keys:
