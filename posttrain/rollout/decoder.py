@@ -69,24 +69,19 @@ class CompiledDecoder:
             self._describe(row, layer, shape)
         layers["keys"] = [keys.data_ptr() for keys in cache.keys]
         layers["values"] = [values.data_ptr() for values in cache.values]
-        self._record = self._describe_all(body, layers, cache.shapes[0], cache.page_size)
+        record = self._describe_all(body, layers, cache.shapes[0], cache.page_size)
+        self._kept.append(record)
+        self._address_of_all = int(record.ctypes.data)
         self._workspace = torch.empty(0, dtype=self._dtype)
         self._cos: list[Tensor] = []
         self._sin: list[Tensor] = []
 
     def __call__(self, tokens: Tensor, positions: Tensor, rows: Tensor, step: StepLayout) -> Tensor:
         """Logits `[n, V]` of the tokens `rows`, ascending."""
-        record = self._record
         logits = torch.empty(len(rows), len(self.head.weight), dtype=self._dtype)
-        cos, sin = self._angles(positions)
-        threads = torch.get_num_threads()
-        size = _C.decoder_workspace(self._dtype.itemsize, record.ctypes.data, len(tokens), threads)
-        if len(self._workspace) < size:
-            self._workspace = torch.empty(size, dtype=self._dtype)
+        cos, sin = self.angles(positions)
         table = step.block_table
-        _C.decode(
-            self._dtype.itemsize,
-            record.ctypes.data,
+        self.run(
             (tokens.data_ptr(), step.slots.data_ptr(), rows.data_ptr()),
             (cos[0].data_ptr(), sin[0].data_ptr(), cos[-1].data_ptr(), sin[-1].data_ptr()),
             (len(tokens), len(rows), cos[0].shape[1]),
@@ -97,6 +92,38 @@ class CompiledDecoder:
                 table.stride(0),
                 *table.shape,
             ),
+            logits,
+        )
+        return logits
+
+    def run(
+        self,
+        tokens: tuple[int, int, int],
+        angles: tuple[int, ...],
+        sizes: tuple[int, int, int],
+        tables: tuple[int, int, int, int, int, int],
+        logits: Tensor,
+    ) -> None:
+        """Put a step's logits into `logits` `[n, V]`.
+
+        Args:
+            tokens: addresses of token ids, slots and rows.
+            angles: addresses of cosines and sines of the first and of the last kind of layers.
+            sizes: tokens, rows, and how much of a head is rotated.
+            tables: addresses of block table, context lengths and query lengths (0 for one each); the block table's
+                stride and shape.
+        """
+        threads = torch.get_num_threads()
+        size = _C.decoder_workspace(self._dtype.itemsize, self._address_of_all, sizes[0], threads)
+        if len(self._workspace) < size:
+            self._workspace = torch.empty(size, dtype=self._dtype)
+        _C.decode(
+            self._dtype.itemsize,
+            self._address_of_all,
+            tokens,
+            angles,
+            sizes,
+            tables,
             logits.data_ptr(),
             self._workspace.data_ptr(),
             threads,
@@ -104,9 +131,10 @@ class CompiledDecoder:
         if self.head.logit_scale != 1.0:
             logits *= self.head.logit_scale
         cap = self.head.softcap
-        return logits if cap is None else torch.tanh_(logits.div_(cap)).mul_(cap)
+        if cap is not None:
+            torch.tanh_(logits.div_(cap)).mul_(cap)
 
-    def _angles(self, positions: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    def angles(self, positions: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Cosines and sines `[T, R]` for each kind of layer, from a table of all positions."""
         longest = int(positions.max()) + 1
         if not self._cos or len(self._cos[0]) < longest:

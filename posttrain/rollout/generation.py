@@ -2,7 +2,7 @@
 
 A step of the scheduler may hold prompts, copy pages and let sequences join and leave. When it held nothing but one
 token of each running sequence, nothing changes until one of them is complete: those steps run as a *burst*, whose
-tables are arrays that move on together, without a look at single sequences.
+tables are made at once (burst.py), without a look at single sequences.
 """
 
 import time
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from posttrain.ops import sample
-from posttrain.rollout.cache import StepLayout, pages_of
+from posttrain.rollout.burst import Burst
 from posttrain.rollout.scheduler import Scheduler, Step
 from posttrain.rollout.sequence import Sequence
 from posttrain.rollout.stats import Stats
@@ -130,16 +130,16 @@ class Generation:
         steps = self.scheduler.reserve_ahead(sequences, most)
         if steps == 0:
             return 0
-        burst = _Burst(sequences, self._runner, steps)
+        burst = Burst(sequences, self._runner.compiled, self._runner.cache.page_size, steps)
         ends = [] if all(s.params.ignore_eos for s in sequences) else sorted(self._ends)
         heeding = np.array([not s.params.ignore_eos for s in sequences])
         done = 0
         while done < steps:
-            tokens = burst.step()
+            tokens = burst.step(done)
             done += 1
             if any((heeding & (tokens == end)).any() for end in ends):
                 break
-        for sequence, drawn, logprobs in zip(sequences, burst.tokens(), burst.logprobs(), strict=True):
+        for sequence, drawn, logprobs in zip(sequences, *burst.drawn(done), strict=True):
             sequence.computed += done
             sequence.tokens += drawn
             sequence.logprobs += logprobs
@@ -149,49 +149,6 @@ class Generation:
             elif len(sequence.tokens) >= sequence.limit:
                 sequence.finish_reason = "length"
         return done
-
-
-class _Burst:
-    """The arrays of steps in which every sequence draws one token."""
-
-    def __init__(self, sequences: list[Sequence], runner: Any, steps: int) -> None:
-        device, self._size = runner.cache.device, runner.cache.page_size
-        self._runner = runner
-        self._filters = _filters(sequences, device)
-        self._tokens = [torch.tensor([s.tokens[-1] for s in sequences], device=device)]
-        self._logprobs: list[Tensor] = []
-        self._positions = np.array([s.computed for s in sequences])
-        self._offsets = torch.tensor([s.drawn for s in sequences], device=device)
-        self._seeds = torch.tensor([s.seed for s in sequences], device=device)
-        self._table = pages_of(sequences)
-        self._rows = np.arange(len(sequences))
-        self._device_rows = torch.arange(len(sequences), device=device)
-        self._device_table = torch.from_numpy(self._table).to(device)
-
-    def step(self) -> Any:
-        """Draw; the tokens as an array."""
-        positions = self._positions
-        pages = self._table[self._rows, positions // self._size].astype(np.int64)
-        device = self._device_table.device
-        slots = torch.from_numpy(pages * self._size + positions % self._size).to(device)
-        context_lens = torch.from_numpy((positions + 1).astype(np.int32)).to(device)
-        layout = StepLayout(slots, self._device_table, context_lens, None)
-        at = torch.from_numpy(positions).to(device)
-        logits = self._runner.compiled(self._tokens[-1], at, self._device_rows, layout)
-        drawn, logprobs = sample(logits, **self._filters, seeds=self._seeds, offsets=self._offsets)
-        self._tokens.append(drawn)
-        self._logprobs.append(logprobs)
-        self._positions = positions + 1
-        self._offsets = self._offsets + 1
-        return drawn.numpy()
-
-    def tokens(self) -> list[list[int]]:
-        """What each sequence drew."""
-        return torch.stack(self._tokens[1:], 1).tolist()
-
-    def logprobs(self) -> list[list[float]]:
-        """Of the tokens."""
-        return torch.stack(self._logprobs, 1).tolist()
 
 
 def _filters(sequences: Many[Sequence], device: torch.device) -> dict[str, Any]:
