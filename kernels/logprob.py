@@ -17,7 +17,9 @@ logit exceeds it by HEADROOM: then `align_kernel` rescales that target's rows. A
 e^(r - lse). Two GEMMs in all.
 
 Backward otherwise: for each slab of the vocabulary one kernel recomputes the logits and writes their gradient in the
-dtype of the inputs; then two library GEMMs, dX += D W in float32 and dW = D^T X, rounded once.
+dtype of the inputs; then two library GEMMs, dX += D W in float32 and dW = D^T X, rounded once. A target whose incoming
+gradients are all 0 counts as skipped there: a block of such targets writes zeros without computing logits. The library
+GEMMs keep their size, since nobody waits to learn how many targets are left.
 """
 
 from collections.abc import Iterator
@@ -31,7 +33,7 @@ import triton
 from torch import Tensor
 
 from posttrain.kernels import logprob_device as kernels
-from posttrain.ops.logprob_problem import Grads, Needs, Problem
+from posttrain.ops.logprob_problem import IGNORED, Grads, Needs, Problem, has_gradient
 
 
 class Blocks(NamedTuple):
@@ -96,10 +98,12 @@ def logprob_backward(
     lse_low: Tensor,
     needs: Needs,
 ) -> Grads:
-    """The gradients, from logits that are computed again slab by slab."""
+    """The gradients, from logits that are computed again slab by slab, except where a block of targets has none."""
+    incoming = (grad_logprob, grad_entropy, grad_lse)
     p = _row_major(p)
     size, width = len(p.targets), p.hidden.shape[1]
     with _on(p.hidden):
+        p = replace(p, targets=p.targets.where(has_gradient(p, *incoming), IGNORED))
         low = _low(p)
         grad_x = p.hidden.new_zeros((size, width), dtype=torch.float32) if needs.hidden else None
         grad_low = None if low is None else low.new_zeros(low.shape, dtype=torch.float32)
@@ -107,7 +111,6 @@ def logprob_backward(
         grad_weight = torch.empty_like(p.weight) if needs.weight else None
         grad_bias = torch.empty_like(p.bias) if p.bias is not None and needs.bias else None
         grad_b = torch.empty_like(p.lora_b) if p.lora_b is not None and needs.lora else None
-        incoming = (grad_logprob, grad_entropy, grad_lse)
         coefficients = _coefficients(p, *incoming, logprob, entropy, lse, lse_low)
         for columns, d in _gradient_slabs(p, low, coefficients):
             if grad_x is not None:

@@ -22,6 +22,11 @@ softmax", 2018). What the forward saves decides what the backward costs, in GEMM
     unit     d logprob / dx, accumulated beside the statistics: 2      hidden wants a gradient, the head is frozen
     logits   z itself, where it fits in `memory_budget`: 3             trainable head (2 if frozen)
     none     the logits are recomputed slab by slab: 4                 trainable head (3 if frozen)
+
+A target whose incoming gradients are all exactly 0 (a clipped token, a group without advantage) adds exact zeros to
+every gradient. On a CPU the backward's GEMMs go over the other targets only, and without any it computes nothing; on a
+GPU, where nobody waits to count them, a block of such targets computes no logits. The forward can't know them, so a
+frozen head's unit costs its two GEMMs whatever comes back.
 """
 
 from typing import NamedTuple

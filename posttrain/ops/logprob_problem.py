@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 IGNORED = -100  # a target that is skipped: log-probability 0, no gradient
@@ -49,3 +50,8 @@ class Grads(NamedTuple):
     bias: Tensor | None
     lora_a: Tensor | None
     lora_b: Tensor | None
+
+
+def has_gradient(p: Problem, *incoming: Tensor | None) -> Tensor:
+    """Which targets send a gradient back, bool `[M]`: not skipped, and not all of their `incoming` are exactly 0."""
+    return torch.stack([g != 0 for g in incoming if g is not None]).any(0) & (p.targets != IGNORED)

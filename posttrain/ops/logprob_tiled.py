@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from posttrain import _C
-from posttrain.ops.logprob_problem import IGNORED, Grads, Needs, Problem
+from posttrain.ops.logprob_problem import IGNORED, Grads, Needs, Problem, has_gradient
 
 ROWS, COLUMNS = 4096, 2048
 
@@ -92,8 +92,9 @@ def backward(
     needs: Needs,
 ) -> Grads:
     """All gradients, from the logits recomputed by tiles or cached by the forward; rows with none cost nothing."""
-    incoming = [g for g in (grad_logprob, grad_entropy, grad_lse) if g is not None]
-    active = torch.stack([g != 0 for g in incoming]).any(0) & (p.targets != IGNORED)
+    active = has_gradient(p, grad_logprob, grad_entropy, grad_lse)
+    if not bool(active.any()):
+        return _zeros(p, needs)
     t = _select(p, active)
     grads = _Gradients(p, t, needs)
     per_target = (
@@ -148,7 +149,7 @@ class _Gradients:
         wanted = [None if g is None else g[slab.columns] for g in (self.weight, self.bias, self.lora_b)]
         self.slab_sums = [None if g is None else g.to(_wide(self.p)) for g in wanted]
         for total in self.slab_sums:
-            if total is not None and (total.ndim == 1 or len(self.t.y) == 0):
+            if total is not None and total.ndim == 1:
                 total.zero_()
 
     def add(self, tile: Tensor, block: slice, slab: _Slab) -> None:
@@ -187,6 +188,14 @@ class _Gradients:
             hidden = _add_rows(torch.zeros_like(p.hidden, dtype=hidden.dtype), t.rows, hidden)
         hidden = None if hidden is None else hidden.to(p.hidden.dtype)
         return Grads(hidden, self.weight, self.bias, lora_a, self.lora_b)
+
+
+def _zeros(p: Problem, needs: Needs) -> Grads:
+    """The gradients where no target has one."""
+    needed = (needs.hidden, needs.weight, needs.bias, needs.lora, needs.lora)
+    inputs = (p.hidden, p.weight, p.bias, p.lora_a, p.lora_b)
+    zeros = [torch.zeros_like(x) if x is not None and n else None for x, n in zip(inputs, needed, strict=True)]
+    return Grads(*zeros)
 
 
 def _select(p: Problem, wanted: Tensor) -> _Targets:

@@ -8,6 +8,7 @@ import torch
 from tolerance import HALF, assert_as_good_as, assert_true_to
 
 from posttrain.kernels import logprob as kernels
+from posttrain.kernels import logprob_device as device
 from posttrain.kernels.logprob import Blocks, logprob_backward, logprob_forward, unit_backward
 from posttrain.ops import linear_logprob, reference, use_backend
 from posttrain.ops.logprob_problem import Needs, Problem
@@ -162,6 +163,35 @@ def test_all_targets_ignored(triton_device):
     outputs, grads = ours(p, Case().incoming)
     unit = logprob_forward(p, "unit")[-1]
     assert not any(value.any() for value in (*outputs, *grads, unit))
+
+
+@pytest.mark.usefixtures("poison")
+def test_targets_without_gradient(triton_device):
+    case = Case(m=40, v=40, rank=3, bias=True)
+    case.incoming[:, 14:34] = 0  # a whole block of the interpreter's, and parts of two
+    case.incoming[:, ::5] = 0
+    check(case, triton_device)
+
+
+@pytest.mark.skipif(ON_GPU, reason="a compiled kernel doesn't tell whether it computed logits")
+def test_blocks_without_gradient_compute_no_logits(monkeypatch, triton_device):
+    logits, calls = device._logits, []
+
+    def counted(*args):
+        calls.append(args)
+        return logits(*args)
+
+    case = Case(n=64, v=40, rows=False, ignored=())
+    p = case.problem(torch.float32, triton_device)
+    *results, _, _ = logprob_forward(p, "none")
+    monkeypatch.setattr(device, "_logits", counted)
+    tiles = -(-case.v // kernels.INTERPRETER_BLOCKS.columns)
+    for inactive, row_blocks in ((range(0), 4), (range(16, 60), 2), (range(64), 0)):
+        incoming = case.incoming.float()
+        incoming[:, list(inactive)] = 0
+        calls.clear()
+        logprob_backward(p, *incoming, *results, ALL)
+        assert len(calls) == row_blocks * tiles
 
 
 @pytest.mark.parametrize("needs", [Needs(*(i == j for j in range(4))) for i in range(4)])

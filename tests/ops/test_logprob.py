@@ -6,6 +6,7 @@ import pytest
 import torch
 from tolerance import HALF, assert_as_good_as, assert_true_to, assert_unbiased
 
+from posttrain.objectives.policy import PolicyCounts, PolicyObjective, PolicyTargets, policy_loss
 from posttrain.ops import BackendError, backend_for, linear_logprob, logprob_tiled, reference, use_backend
 
 UNIT, LOGITS, NOTHING = "unit", "logits", "none"
@@ -16,6 +17,19 @@ def small_tiles(monkeypatch):
     """Tiles of 7 x 13: small problems then cross several of them."""
     monkeypatch.setattr(logprob_tiled, "ROWS", 7)
     monkeypatch.setattr(logprob_tiled, "COLUMNS", 13)
+
+
+@pytest.fixture
+def multiply_adds(monkeypatch):
+    """What the driver's GEMMs cost, one number for each."""
+    add_product, costs = logprob_tiled._add_product, []
+
+    def counted(total, a, b, beta=1):
+        costs.append(a.numel() * b.shape[1])
+        return add_product(total, a, b, beta)
+
+    monkeypatch.setattr(logprob_tiled, "_add_product", counted)
+    return costs
 
 
 class Case:
@@ -85,6 +99,54 @@ def test_all_targets_ignored():
     case = Case(ignored=range(20))
     outputs, grads = case.run(linear_logprob, torch.float32, need_entropy=True)
     assert all(not value.any() for value in [*outputs, *grads])
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("budget", [0, 1 << 20])
+@pytest.mark.usefixtures("small_tiles", "poison")
+def test_targets_without_gradient(frozen, budget):
+    """Every second target has none at all, others none of one output: the gradients are the reference's."""
+    case = Case(softcap=3.0)
+    case.incoming[:, ::2] = 0
+    for i in range(3):
+        case.incoming[i, 1 + 2 * i :: 6] = 0
+    for wants in (("logprob",), ("logprob", "entropy", "lse")):
+        case.check(torch.float32, budget, frozen=frozen, bias=wants != ("logprob",), lora=not frozen, wants=wants)
+    case.incoming[:] = 0
+    grads = case.run(linear_logprob, torch.float32, frozen=frozen, memory_budget=budget, need_entropy=True)[1]
+    assert len(grads) == (1 if frozen else 5)
+    assert not any(grad.any() for grad in grads)
+
+
+@pytest.mark.parametrize(("budget", "gemms"), [(0, 3), (1 << 20, 2)])
+@pytest.mark.parametrize("active", [40, 4, 0])
+@pytest.mark.usefixtures("small_tiles")
+def test_backward_costs_only_targets_with_gradient(active, budget, gemms, multiply_adds):
+    """Three GEMMs, logits, dX and dW, or two where the logits are kept, over the targets with a gradient alone."""
+    case = Case(n=30, m=40, ignored=())
+    hidden, weight = case.hidden.float().requires_grad_(), case.weight.float().requires_grad_()
+    logprob = linear_logprob(hidden, weight, case.targets, rows=case.rows, memory_budget=budget).logprob
+    grad = torch.zeros(40)
+    grad[torch.randperm(40)[:active]] = 1
+    multiply_adds.clear()
+    logprob.backward(grad)
+    assert sum(multiply_adds) == gemms * active * weight.numel()
+
+
+@pytest.mark.parametrize(("advantages", "active"), [((0.0, 1.0, 1.0), 5), ((0.0, 0.0, 0.0), 0)])
+def test_clipped_tokens_and_groups_without_advantage_cost_no_backward(advantages, active, multiply_adds):
+    """Three completions of four tokens; three tokens of the second are clipped."""
+    case = Case(n=12, rows=False, ignored=())
+    hidden, weight = case.hidden.float().requires_grad_(), case.weight.float().requires_grad_()
+    policy = linear_logprob(hidden, weight, case.targets, need_entropy=True, memory_budget=0)
+    old = policy.logprob.detach() - torch.tensor([0.0] * 5 + [1.0] * 3 + [0.0] * 4)
+    sequence = torch.arange(3).repeat_interleave(4)
+    known = PolicyTargets(sequence, torch.full((3,), 4), torch.tensor(advantages)[sequence], old_logprob=old)
+    loss = policy_loss(policy, known, PolicyCounts(3, 12, 12.0), PolicyObjective(epsilon=0.2)).value
+    multiply_adds.clear()
+    loss.backward()
+    assert sum(multiply_adds) == 3 * active * weight.numel()
+    assert int(hidden.grad.any(1).sum()) == active
 
 
 def test_strided_inputs():
