@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from posttrain.models.causal_lm import ModelError
+from posttrain.models.causal_lm import ModelError, causal_lm
 from posttrain.ops import nf4_dequantize, nf4_linear, quantize_nf4
 from posttrain.ops.nf4_weight import NF4Weight
 
@@ -85,12 +85,13 @@ def quantize(causal: Any, *, nested: bool = False) -> None:
 def dequantize(model: nn.Module) -> None:
     """Turn every `NF4Linear` of `model` back into a linear layer, in place, frozen, with the values it has in 4 bits.
 
-    Adapters stay, and can then be merged.
+    The new weights have the model's dtype. Adapters stay, and can then be merged.
     """
+    dtype = causal_lm(model).dtype
     for name, layer in list(model.named_modules()):
         if isinstance(layer, NF4Linear):
             wide = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-            wide.weight = nn.Parameter(nf4_dequantize(layer.matrix), requires_grad=False)
+            wide.weight = nn.Parameter(nf4_dequantize(layer.matrix, dtype), requires_grad=False)
             wide.bias = layer.bias
             model.set_submodule(name, wide)
     for part in model.modules():

@@ -129,6 +129,16 @@ def test_merging_needs_the_weights_in_full():
     torch.testing.assert_close(token_logprobs(merged, BATCH).logprob, expected)
 
 
+def test_dequantising_gives_the_dtype_of_the_model(tmp_path):
+    folder = saved(in_4_bits(dtype=torch.bfloat16), tmp_path / "bfloat16")
+    model = adapted(load(folder, dtype="float32")[0])
+    assert {m.matrix.dtype for m in model.modules() if isinstance(m, NF4Linear)} == {torch.bfloat16}
+    expected = token_logprobs(model, BATCH).logprob
+    dequantize(model)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    torch.testing.assert_close(token_logprobs(model.merge_and_unload(), BATCH).logprob, expected)
+
+
 @nested
 def test_a_copy_and_a_state_dict(nested):
     model = in_4_bits(nested=nested)
