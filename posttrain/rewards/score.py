@@ -5,7 +5,8 @@
 gets the prompts as the data has them, the completions as texts (or, for chats, as lists of messages), their tokens, and
 every other column of the data by name, one value for each completion; besides `trainer_state` (with global_step and
 max_steps), `log_extra(column, values)`, which adds a column to the completions that are written, and
-`log_metric(name, value)`. None means that it does not apply. An `async def` is awaited; several run at once.
+`log_metric(name, value)`. None means that it does not apply. An `async def` is awaited; several run at once. A column of
+the data with the name of one of these arguments is an error.
 """
 
 import asyncio
@@ -23,6 +24,8 @@ import torch
 from torch import Tensor
 
 RewardFunction = Callable[..., Any]
+
+_ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 
 
 class RewardError(ValueError):
@@ -121,6 +124,11 @@ class _Batch:
         columns: Mapping[str, list[Any]],
         state: TrainerState | None,
     ) -> None:
+        for name in _ARGUMENTS:
+            if name in columns:
+                raise RewardError(
+                    f"the data's column {name!r} has the name of an argument of reward functions; rename it"
+                )
         self._given = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids, **columns}
         self._state = state
         self._size = len(completions)

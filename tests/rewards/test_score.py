@@ -101,6 +101,14 @@ def test_a_function_that_takes_other_arguments():
         scored(exact_match)
 
 
+@pytest.mark.parametrize(
+    "name", ["prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"]
+)
+def test_a_column_does_not_replace_an_argument(name):
+    with pytest.raises(RewardError, match=f"the data's column '{name}' has the name of an argument"):
+        RewardFunctions(length)(PROMPTS, COMPLETIONS, IDS, {name: ["x", "y"]})
+
+
 def test_log_extra_needs_a_value_for_each():
     def reward(completions, log_extra, **columns):
         log_extra("x", [1])
