@@ -12,12 +12,28 @@ _LAZY = {
     "GRPOTrainer": "posttrain.train.grpo",
     "SFTConfig": "posttrain.train.sft",
     "SFTTrainer": "posttrain.train.sft",
+    "disable": "posttrain.integrations",
+    "enable": "posttrain.integrations",
+    "patch": "posttrain.integrations",
+    "unpatch": "posttrain.integrations",
 }
-__all__ = ["DPOConfig", "DPOTrainer", "GRPOConfig", "GRPOTrainer", "SFTConfig", "SFTTrainer", "__version__"]
+__all__ = [
+    "DPOConfig",
+    "DPOTrainer",
+    "GRPOConfig",
+    "GRPOTrainer",
+    "SFTConfig",
+    "SFTTrainer",
+    "__version__",
+    "disable",
+    "enable",
+    "patch",
+    "unpatch",
+]
 
 
 def __getattr__(name: str) -> Any:
-    """Import the trainers on first use: `import posttrain` alone costs next to nothing."""
+    """Import trainers and hooks on first use: `import posttrain` alone costs next to nothing."""
     if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'posttrain' has no attribute {name!r}")

@@ -1,0 +1,97 @@
+"""Which models of other people's scripts get our ops, and how they lose them again."""
+
+from typing import Any
+from weakref import WeakSet
+
+from torch import nn
+
+from posttrain.integrations.counting import count, say
+from posttrain.integrations.versions import installed
+from posttrain.models import ModelError, Report, prepare, restore
+from posttrain.models.causal_lm import causal_lm
+from posttrain.models.prepare import is_prepared
+
+_DEFAULT = ("sdpa", "posttrain")  # attention that nobody asked for by name; another one stays
+_DROPOUT = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob", "attn_dropout")
+
+_prepared: WeakSet[nn.Module] = WeakSet()
+
+
+def patch(model: nn.Module, *, allow_untested: bool = False) -> Report:
+    """Put our ops into one causal LM of transformers, or one wrapped by PEFT, and print what was replaced.
+
+    Norms, rotary embeddings, MLPs, attention and LoRA layers, as `posttrain.models.prepare` does; `unpatch` undoes it.
+    The language head of somebody else's trainer is replaced by `enable` only, since the trainer runs it.
+
+    Attention that the model was given by another name than "sdpa", and attention with dropout, stays.
+
+    Raises:
+        ValueError: a model that isn't a causal LM (`ModelError`), or an untested version of transformers, PEFT or TRL.
+    """
+    installed(allow_untested)
+    report = _prepare(model)
+    print(f"posttrain: {report}")
+    return report
+
+
+def unpatch(model: nn.Module) -> None:
+    """Undo `patch`: every module of `model` gets its own class back, and the model the attention it had."""
+    restore(model)
+
+
+def attach(model: Any) -> None:
+    """Put our ops into a model that a script loads or gives to a trainer, if it is a causal LM of transformers.
+
+    What is left alone, and why, is counted and said.
+    """
+    obstacle = _obstacle(model)
+    if obstacle is not None:
+        count(f"model left alone: {obstacle}")
+        say(f"posttrain: {obstacle}")
+        return
+    causal = causal_lm(model)
+    if causal not in _prepared and not is_prepared(causal):  # not one that the script has prepared itself
+        count("model prepared")
+        _prepared.add(causal)
+    say(f"posttrain: {_prepare(model)}")
+
+
+def detach() -> None:
+    """Restore every model that `attach` has changed."""
+    for causal in list(_prepared):
+        restore(causal)
+    _prepared.clear()
+
+
+def _obstacle(model: Any) -> str | None:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    try:
+        causal = causal_lm(model)
+    except ModelError as problem:
+        return str(problem)
+    name = type(causal).__name__
+    if name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        return f"{name} is not one of transformers' causal language models"
+    if any(parameter.is_meta for parameter in causal.parameters()):
+        return f"{name} has no weights yet"
+    return None
+
+
+def _prepare(model: nn.Module) -> Report:
+    reason = _attention_stays(causal_lm(model).config)
+    report = prepare(model, attention=reason is None)
+    if reason is not None:
+        report.kept["attention"] = reason
+    return report
+
+
+def _attention_stays(config: Any) -> str | None:
+    """Why the attention of a model with this configuration isn't replaced, or None."""
+    if config._attn_implementation not in _DEFAULT:
+        return f"the model was given {config._attn_implementation!r}"
+    text_config = config.get_text_config()
+    dropout = next((name for name in _DROPOUT if getattr(text_config, name, None)), None)
+    if dropout is not None:
+        return f"{dropout} is {getattr(text_config, dropout)}, and packed attention has no dropout"
+    return None

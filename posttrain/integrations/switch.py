@@ -1,0 +1,109 @@
+"""One line that puts our ops into transformers, TRL and PEFT for the whole process, and one that takes them out.
+
+Hooks, and there are no others:
+
+    transformers.PreTrainedModel.from_pretrained    a causal LM that it has loaded is prepared
+    transformers.Trainer.__init__                   so is the model a trainer was given, with the adapters on it by then
+    trl.trainer.utils                               the one place where TRL calls its language head
+
+On a CPU, TRL scores every position and masks the result, and on a GPU those that count; with our op it is the latter
+on both.
+"""
+
+from collections.abc import Callable
+from functools import wraps
+from importlib import import_module
+from typing import Any
+
+from posttrain.integrations.counting import count, forget, say
+from posttrain.integrations.models import attach, detach
+from posttrain.integrations.trl_logprob import LanguageHead
+from posttrain.integrations.versions import installed
+
+_undo: list[tuple[Any, str, Any]] = []  # owner, name, what it was
+
+
+def enable(*, allow_untested: bool = False) -> None:
+    """Put our ops into what a script does with transformers, TRL and PEFT from here on, and print what was replaced.
+
+    Call it before models are loaded and trainers are made. Models made in another way get our ops when a trainer gets
+    them. A second call changes nothing.
+
+    Args:
+        allow_untested: also hook versions of the libraries that weren't tested.
+
+    Raises:
+        ValueError: an untested version, with the tested ones; nothing is replaced then.
+    """
+    if _undo:
+        return
+    versions = installed(allow_untested)
+    forget()
+    for library in versions:
+        import_module(library)
+    say(f"posttrain is in {', '.join(f'{library} {number}' for library, number in versions.items())}:")
+    _hook_transformers()
+    say("  causal language models, when they are loaded or given to a trainer: norms, rotary, MLP, attention, LoRA")
+    if "trl" in versions:
+        say(_hook_trl(versions["trl"]))
+    say("  not replaced: the loss of transformers' own Trainer, which needs the logits")
+
+
+def disable() -> None:
+    """Undo `enable`: the libraries get their functions back, and the models that it changed their own modules.
+
+    What `counters` says stays until the next `enable`.
+    """
+    while _undo:
+        owner, name, before = _undo.pop()
+        setattr(owner, name, before)
+    detach()
+
+
+def _replace(owner: Any, name: str, new: Any) -> None:
+    _undo.append((owner, name, vars(owner)[name]))
+    setattr(owner, name, new)
+
+
+def _hook_transformers() -> None:
+    from transformers import PreTrainedModel, Trainer
+
+    import posttrain.models.attention  # noqa: F401  registers the name
+
+    loading = vars(PreTrainedModel)["from_pretrained"].__func__
+    _replace(PreTrainedModel, "from_pretrained", classmethod(_loading(loading)))
+    _replace(Trainer, "__init__", _making(Trainer.__init__))
+
+
+def _loading(theirs: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(theirs)
+    def from_pretrained(cls: type, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("attn_implementation") == "posttrain":  # TRL's reference model: asks for what the policy has
+            del kwargs["attn_implementation"]
+        loaded = theirs(cls, *args, **kwargs)
+        attach(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
+
+    return from_pretrained
+
+
+def _making(theirs: Callable[..., None]) -> Callable[..., None]:
+    @wraps(theirs)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        theirs(self, *args, **kwargs)
+        count("trainer made")
+        attach(self.model)
+
+    return __init__
+
+
+def _hook_trl(version: str) -> str:
+    """What was replaced in TRL, in words."""
+    from trl.trainer import utils
+
+    if not hasattr(utils, "_ChunkedLogProbFunction"):
+        return f"  not replaced: the language head in TRL's trainers, which trl {version} calls elsewhere"
+    theirs = utils._use_triton
+    _replace(utils, "_ChunkedLogProbFunction", LanguageHead(utils._ChunkedLogProbFunction.apply))
+    _replace(utils, "_use_triton", lambda device: device.type == "cpu" or theirs(device))
+    return "  the language head in TRL's trainers: linear_logprob"

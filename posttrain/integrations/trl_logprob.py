@@ -1,0 +1,117 @@
+"""TRL's language head by `linear_logprob`.
+
+All of TRL's trainers get the log-probabilities of tokens from one function of hidden states [N, H], the head's weight
+[V, H] and targets [N], called in one place (`trl.trainer.utils`, since 1.16). It has up to five outputs. With logits z
+at temperature T and p = softmax(z),
+
+    log_probs, entropy, is_top1    are those of linear_logprob
+    mean_logits = 1/V sum_v z_v    = (x . mean_v W_v + mean_v bias_v) logit_scale / T      without a softcap
+    log_sum_sq_probs = log sum_v p_v^2
+
+For the last, let p' be the distribution at temperature T / 2, so that p'_v = p_v^2 / sum_u p_u^2 for every token v.
+With v = y, the target, log sum_u p_u^2 = 2 log p_y - log p'_y: a second call of linear_logprob. The last two and
+is_top1 have no gradient, as in TRL.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from posttrain.integrations.counting import count, say
+from posttrain.ops import linear_logprob
+
+_SLAB = 1 << 23  # logits at a time, for the mean of capped ones
+
+Outputs = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+class LanguageHead:
+    """Stands in for TRL's autograd function: `apply` takes its arguments and gives its five outputs."""
+
+    def __init__(self, theirs: Callable[..., Outputs]) -> None:
+        self.theirs = theirs
+
+    def apply(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        temperature: float,
+        chunk_size: int,
+        final_logit_softcapping: float | None = None,
+        logit_scale: float = 1.0,
+        outputs: tuple[str, ...] = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1"),
+    ) -> Outputs:
+        """(log_probs, entropy, log_sum_sq_probs, mean_logits, is_top1), each `[N]`; None where it isn't in `outputs`.
+
+        Under autocast in its dtype, as TRL computes it. What `_obstacle` names is computed by TRL.
+        """
+        dtype = _dtype(hidden)
+        obstacle = _obstacle(hidden, weight, dtype)
+        if obstacle is not None:
+            count(f"language head left to TRL: {obstacle}")
+            say(f"posttrain: the language head is left to TRL: {obstacle}")
+            scalars = (temperature, chunk_size, final_logit_softcapping, logit_scale, outputs)
+            return self.theirs(hidden, weight, bias, targets, *scalars)
+        count("language head by linear_logprob")
+        tensors = (hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+        return _outputs(*tensors, targets, temperature, final_logit_softcapping, logit_scale, outputs)
+
+
+def _dtype(hidden: Tensor) -> torch.dtype:
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+
+
+def _obstacle(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> str | None:
+    """Why `linear_logprob` shouldn't compute this, or None."""
+    if hidden.device.type not in ("cpu", "cuda"):
+        return f"there are no kernels for {hidden.device.type}"
+    if hasattr(weight, "ds_id"):
+        return "DeepSpeed ZeRO-3 has the head gathered only during the forward"
+    if weight.dtype.itemsize < dtype.itemsize:
+        return f"the {weight.dtype} head would need a copy in {dtype}"
+    return None
+
+
+def _outputs(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+    outputs: tuple[str, ...],
+) -> Outputs:
+    head: dict[str, Any] = {"bias": bias, "softcap": softcap, "logit_scale": logit_scale}
+    ours = linear_logprob(hidden, weight, targets, temperature=temperature, need_entropy="entropy" in outputs, **head)
+    log_sum_sq_probs = mean_logits = None
+    with torch.no_grad():
+        if "log_sum_sq_probs" in outputs:
+            squared = linear_logprob(hidden, weight, targets, temperature=temperature / 2, **head)
+            log_sum_sq_probs = 2 * ours.logprob - squared.logprob
+        if "mean_logits" in outputs:
+            mean_logits = _mean_logits(hidden, weight, bias, softcap, logit_scale) / temperature
+    return ours.logprob, ours.entropy, log_sum_sq_probs, mean_logits, ours.is_top1 if "is_top1" in outputs else None
+
+
+def _mean_logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, logit_scale: float
+) -> Tensor:
+    """Mean over the vocabulary of the logits `[N]`, before the temperature, in float32 (float64 for float64)."""
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    with torch.autocast(hidden.device.type, enabled=False):
+        if softcap is None:
+            mean = hidden.to(wide) @ weight.mean(0, dtype=wide)
+            return (mean if bias is None else mean + bias.mean(dtype=wide)) * logit_scale
+        total = hidden.new_zeros(len(hidden), dtype=wide)
+        step = max(_SLAB // max(len(hidden), 1), 1)
+        for start in range(0, len(weight), step):
+            logits = hidden.to(wide) @ weight[start : start + step].to(wide).T  # [N, slab]
+            logits = (logits if bias is None else logits + bias[start : start + step]) * logit_scale
+            total += (softcap * torch.tanh(logits / softcap)).sum(-1)
+        return total / len(weight)

@@ -1,0 +1,216 @@
+"""enable and disable: TRL's own trainers with and without our hooks, and that nothing stays behind."""
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, TrainerCallback
+from trl.trainer import utils
+
+import posttrain
+from posttrain.integrations import counters
+from posttrain.models import prepare
+from posttrain.models.prepare import is_prepared
+
+STEPS = 4
+COMMON = {
+    "optim": "sgd",  # AdamW makes much of the rounding of gradients that are almost 0
+    "learning_rate": 0.1,
+    "per_device_train_batch_size": 4,
+    "max_steps": STEPS,
+    "max_grad_norm": 0.0,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+    "bf16": False,
+    "use_cpu": True,
+    "train_sampling_strategy": "sequential",
+}
+HOOKS = ((PreTrainedModel, "from_pretrained"), (Trainer, "__init__"), (utils, "_ChunkedLogProbFunction"))
+HOOKS = (*HOOKS, (utils, "_use_triton"))
+
+
+class Recorder(TrainerCallback):
+    """The gradients of every step."""
+
+    def __init__(self):
+        self.gradients = []
+
+    def on_pre_optimizer_step(self, *args, model, **kwargs):
+        self.gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+
+
+def hooks() -> list:
+    return [vars(owner)[name] for owner, name in HOOKS]
+
+
+def prompts_and_completions(rows):
+    return [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
+
+
+def labelled(rows):
+    good = [{**row, "label": True} for row in prompts_and_completions(rows)]
+    bad = [{"prompt": row["prompt"], "completion": row["rejected"], "label": False} for row in rows]
+    return [row for pair in zip(good, bad, strict=True) for row in pair]
+
+
+def lora():
+    from peft import LoraConfig
+
+    return LoraConfig(r=4, target_modules=["q_proj", "v_proj", "up_proj"], init_lora_weights=False)
+
+
+def short(completions, **kwargs):
+    return [-float(len(completion)) for completion in completions]
+
+
+OFFLINE = {"max_length": 40}
+ON_POLICY = {"num_generations": 4, "max_completion_length": 6, "beta": 0.1}
+CASES = {
+    "SFT": ("SFT", prompts_and_completions, OFFLINE, {}),
+    "SFT packed": ("SFT", prompts_and_completions, {**OFFLINE, "packing": True}, {}),
+    "SFT LoRA": ("SFT", prompts_and_completions, OFFLINE, {"peft_config": lora}),
+    "DPO": ("DPO", list, OFFLINE, {}),
+    "DPO weighted": ("DPO", list, {**OFFLINE, "use_weighting": True}, {}),
+    "KTO": ("KTO", labelled, OFFLINE, {}),
+    "GRPO": ("GRPO", prompts_and_completions, ON_POLICY, {"reward_funcs": lambda: short}),
+    "RLOO": ("RLOO", prompts_and_completions, ON_POLICY, {"reward_funcs": lambda: short}),
+}
+
+
+def trained(case, model_dir, output_dir, rows):
+    """The log of TRL's trainer, the gradients of every step, and the trainer."""
+    import trl
+    from datasets import Dataset
+
+    method, shape, options, extras = CASES[case]
+    torch.manual_seed(0)
+    recorder = Recorder()
+    trainer = getattr(trl, f"{method}Trainer")(
+        AutoModelForCausalLM.from_pretrained(model_dir, dtype="float32"),
+        args=getattr(trl, f"{method}Config")(output_dir=str(output_dir), **COMMON, **options),
+        train_dataset=Dataset.from_list(shape(rows)),
+        processing_class=AutoTokenizer.from_pretrained(model_dir),
+        callbacks=[recorder],
+        **{name: make() for name, make in extras.items()},
+    )
+    trainer.train()
+    return [record for record in trainer.state.log_history if "loss" in record], recorder.gradients, trainer
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", CASES)
+def test_trainers_of_trl(case, model_dir, rows, tmp_path):
+    expected, their_gradients, _ = trained(case, model_dir, tmp_path / "theirs", rows)
+    before = hooks()
+    posttrain.enable()
+    try:
+        found, gradients, trainer = trained(case, model_dir, tmp_path / "ours", rows)
+        fired = counters()
+        assert is_prepared(trainer.model)
+    finally:
+        posttrain.disable()
+    assert len(found) == len(expected) == len(gradients) == STEPS
+    for one, other in zip(found, expected, strict=True):
+        assert one.keys() == other.keys()
+        for name in (name for name in one if "time" not in name):
+            assert abs(float(one[name]) - float(other[name])) <= 1e-4, name
+    for one, other in zip(gradients, their_gradients, strict=True):
+        assert one.keys() == other.keys() and len(one) > 0
+        for name in one:
+            torch.testing.assert_close(one[name], other[name])
+    assert any(gradient.any() for gradient in gradients[-1].values())
+    assert fired["trainer made"] == 1
+    assert fired["model prepared"] == (1 if case.startswith("SFT") else 2)  # the policy and its reference
+    assert fired["language head by linear_logprob"] >= STEPS
+    assert not [what for what in fired if "left" in what]
+    assert hooks() == before
+    assert not is_prepared(trainer.model)
+    assert trainer.model.config._attn_implementation == "sdpa"
+
+
+def test_enable_says_what_and_twice_is_once(model_dir, enabled, capsys):
+    hooked = hooks()
+    posttrain.enable()
+    assert hooks() == hooked
+    for _ in range(2):
+        AutoModelForCausalLM.from_pretrained(model_dir)
+    assert counters() == {"model prepared": 2}
+    assert capsys.readouterr().out.count("Qwen3ForCausalLM: replaced attention (2)") == 1
+
+
+def test_enable_prints_once(capsys):
+    posttrain.enable()
+    posttrain.disable()
+    said = capsys.readouterr().out
+    assert f"transformers {transformers.__version__}" in said
+    assert "language head in TRL's trainers: linear_logprob" in said
+    assert "not replaced: the loss of transformers' own Trainer" in said
+
+
+def test_an_untested_version_raises_and_replaces_nothing(monkeypatch):
+    from posttrain.integrations import versions
+
+    before = hooks()
+    monkeypatch.setitem(versions.TESTED, "trl", ("1.10", "1.15"))
+    with pytest.raises(ValueError, match=r"tested with trl 1\.10\.\* to 1\.15\.\*, and 1\.16"):
+        posttrain.enable()
+    assert hooks() == before
+    posttrain.enable(allow_untested=True)
+    assert hooks() != before
+    posttrain.disable()
+    assert hooks() == before
+
+
+def test_models_that_were_prepared_by_hand_stay_so(model_dir):
+    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    prepare(model)
+    posttrain.enable()
+    from posttrain.integrations.models import attach
+
+    attach(model)
+    posttrain.disable()
+    assert is_prepared(model)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [({"attn_implementation": "eager"}, "'eager'"), ({"attention_dropout": 0.1}, "attention_dropout is 0.1")],
+)
+def test_attention_that_stays(model_dir, enabled, capsys, options, reason):
+    model = AutoModelForCausalLM.from_pretrained(model_dir, **options)
+    assert model.config._attn_implementation == options.get("attn_implementation", "sdpa")
+    assert is_prepared(model)
+    assert reason in capsys.readouterr().out
+
+
+def test_other_models_are_left_alone_with_the_reason(enabled, capsys, tmp_path):
+    from transformers import BertConfig, BertModel
+
+    shape = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 16}
+    BertModel(BertConfig(vocab_size=32, **shape)).save_pretrained(tmp_path)
+    BertModel.from_pretrained(tmp_path)
+    reason = "BertModel is not a causal language model of transformers"
+    assert counters() == {f"model left alone: {reason}": 1}
+    assert reason in capsys.readouterr().out
+
+
+def test_checkpoints_are_the_same(model_dir, enabled, tmp_path):
+    AutoModelForCausalLM.from_pretrained(model_dir).save_pretrained(tmp_path)
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / name).read_bytes() == (model_dir / name).read_bytes()
+
+
+def test_patch_and_unpatch(model_dir, capsys):
+    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    classes = [type(module) for module in model.modules()]
+    ids = torch.arange(2, 22)[None]
+    with torch.no_grad():
+        expected = model.double()(ids).logits
+        report = posttrain.patch(model.float())
+        assert str(report) in capsys.readouterr().out
+        assert report.replaced["attention"] == 2 and report.replaced["rms_norm"] == 9
+        torch.testing.assert_close(model(ids).logits, expected.float())
+    posttrain.unpatch(model)
+    assert [type(module) for module in model.modules()] == classes
+    assert model.config._attn_implementation == "sdpa"
