@@ -27,5 +27,5 @@ root=$PWD
 export PYTHONPATH="$root/build/gpu" OUT="${OUT:-$root/bench/results}"
 cd "$root/build"
 "$python" -m pytest -c "$root/pyproject.toml" --rootdir "$root" -p no:cacheprovider -n 4 \
-  "$root/tests/kernels" "$root/tests/ops" "$root/tests/models" "$root/tests/cuda"
+  "$root/tests/kernels" "$root/tests/ops" "$root/tests/models" "$root/tests/rollout" "$root/tests/cuda"
 "$python" -m pytest -c "$root/pyproject.toml" --rootdir "$root" -p no:cacheprovider "$root/bench"
