@@ -8,11 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from posttrain.models.causal_lm import causal_lm
+from posttrain.models.causal_lm import ModelError, causal_lm
 from posttrain.models.prepare import is_prepared, replace_adapters
+from posttrain.models.quantized import NF4Linear
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
+
+_STARTS_IN_FULL = ("orthogonal", "pissa", "olora", "corda")  # of PEFT, from the dtype or the values of the weight
 
 
 def add_lora(
@@ -45,9 +48,15 @@ def add_lora(
 
 
 def add_adapter(model: Any, config: "PeftConfig") -> "PeftModel":
-    """Put an adapter of any of PEFT's kinds into `model`; where the model is prepared, LoRA runs our ops."""
+    """Put an adapter of any of PEFT's kinds into `model`; where the model is prepared, LoRA runs our ops.
+
+    Raises `ModelError` for a start that PEFT can't compute from 4-bit weights.
+    """
     from peft import get_peft_model
 
+    start = getattr(config, "init_lora_weights", True)
+    if str(start).startswith(_STARTS_IN_FULL) and any(isinstance(module, NF4Linear) for module in model.modules()):
+        raise ModelError(f"init_lora_weights={start!r} needs weights in full precision; load without load_in_4bit")
     return _prepared(get_peft_model(model, config))
 
 

@@ -39,6 +39,15 @@ class NF4Linear(nn.Linear):
             self._matrix = replace(self._matrix.to(self.weight.device), packed=self.weight.data)
         return self._matrix
 
+    @property
+    def W_q(self) -> Tensor:
+        """The packed weight. Of a layer that has this, PEFT takes `dequantize()` for the weight, which DoRA needs."""
+        return self.weight
+
+    def dequantize(self) -> Tensor:
+        """The weight `[N, K]` in full."""
+        return nf4_dequantize(self.matrix)
+
     def forward(self, input: Tensor) -> Tensor:
         kind = input.device.type
         x = input.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else input

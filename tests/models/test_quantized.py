@@ -15,7 +15,17 @@ from tokenizers.models import WordLevel
 from tolerance import assert_true_to
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from posttrain.models import ModelError, add_lora, dequantize, load, load_adapter, prepare, restore, token_logprobs
+from posttrain.models import (
+    ModelError,
+    add_adapter,
+    add_lora,
+    dequantize,
+    load,
+    load_adapter,
+    prepare,
+    restore,
+    token_logprobs,
+)
 from posttrain.models.quantized import NF4Linear, quantize
 
 BATCH = batch_of(LENGTHS)
@@ -115,6 +125,30 @@ def test_layers_that_peft_puts_in_by_itself(when):
         assert prepare(model).replaced["lora_linear"] == 14
     with torch.no_grad():
         assert_true_to(target_logprobs(model, BATCH), target_logprobs(exact, BATCH))
+
+
+def test_dora():
+    model = in_4_bits()
+    prepare(model)
+    torch.manual_seed(1)
+    model = filled(add_adapter(model, lora(use_dora=True)))
+    exact = in_4_bits()
+    dequantize(exact)
+    torch.manual_seed(1)
+    exact = filled(get_peft_model(exact, lora(use_dora=True))).double()
+    assert prepare(model).replaced["lora_linear"] == 14
+    truth, ours = target_logprobs(exact, BATCH), token_logprobs(model, BATCH).logprob
+    assert_true_to(ours, truth)
+    pairs = [[p for p in each.parameters() if p.requires_grad] for each in (model, exact)]
+    slopes = [torch.autograd.grad(y.mean(), p) for y, p in zip((ours, truth), pairs, strict=True)]
+    for mine, true in zip(*slopes, strict=True):
+        assert_true_to(mine, true)
+
+
+@pytest.mark.parametrize("start", ["orthogonal", "pissa_niter_4", "olora"])
+def test_starts_that_need_the_weights_in_full(start):
+    with pytest.raises(ModelError, match=f"init_lora_weights='{start}' needs weights in full precision"):
+        add_adapter(in_4_bits(), lora(init_lora_weights=start))
 
 
 def test_merging_needs_the_weights_in_full():
