@@ -68,6 +68,7 @@ def prepare(model: nn.Module, *, attention: bool = True) -> Report:
     """
     causal = causal_lm(model)
     report = Report(type(causal).__name__)
+    causal._posttrain_prepared = True
     text_config = causal.config.get_text_config()
     known = _family(causal) is not None and text_config is causal.config
     for module in causal.modules():
@@ -105,8 +106,8 @@ def replace_adapters(causal: Any, report: Report | None = None) -> None:
 
 
 def is_prepared(model: nn.Module) -> bool:
-    """Whether `prepare` has replaced anything in `model`."""
-    return any(isinstance(module, Fused) for module in model.modules())
+    """Whether `prepare` has seen `model`, or the model that it wraps."""
+    return any("_posttrain_prepared" in module.__dict__ for module in model.modules())
 
 
 def restore(model: nn.Module) -> None:
@@ -116,7 +117,8 @@ def restore(model: nn.Module) -> None:
         if isinstance(module, Fused):
             module.__class__ = _original(type(module))
             module.__dict__.pop(BITSANDBYTES_MATRIX, None)
-    causal.__dict__.pop("_posttrain_head_obstacle", None)
+    for mark in ("_posttrain_prepared", "_posttrain_head_obstacle"):
+        causal.__dict__.pop(mark, None)
     before = causal.__dict__.pop("_posttrain_attention_before", None)
     if before is not None:
         causal.set_attn_implementation(before)

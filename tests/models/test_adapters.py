@@ -10,7 +10,10 @@ from safetensors.torch import load_file
 from tiny_models import FAMILIES, batch_of, tiny
 from tolerance import assert_true_to
 
-from posttrain.models import ModelError, add_lora, head, hidden_states, load_adapter, prepare, token_logprobs
+from posttrain.models import ModelError, add_lora, head, hidden_states, load_adapter, prepare, restore, token_logprobs
+from posttrain.models.families import LoraLinear
+from posttrain.models.lora_layers import is_lora
+from posttrain.models.prepare import is_prepared
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -34,6 +37,17 @@ def test_log_probabilities_and_gradients_are_those_of_peft(family, when):
     parameters = [p for p in model.parameters() if p.requires_grad]
     for mine, true in zip(torch.autograd.grad(ours.mean(), parameters), slopes, strict=True):
         assert_true_to(mine, true)
+
+
+@pytest.mark.parametrize("family", ["granite", "gpt_neox"])
+def test_adapters_in_a_prepared_model_outside_the_families_run_our_ops(family):
+    plain = tiny(family)
+    prepare(plain)
+    model = add_lora(plain, r=4)
+    found = [type(module) for module in model.modules() if is_lora(module)]
+    assert found and all(issubclass(kind, LoraLinear) for kind in found)
+    restore(model)
+    assert not is_prepared(model) and not any(isinstance(module, LoraLinear) for module in model.modules())
 
 
 def test_only_the_adapter_is_trained_and_it_can_be_switched_off():
