@@ -265,8 +265,16 @@ void linear(int itemsize, address x, int64_t rows, int64_t width, address weight
             int64_t height) {
   by_size(itemsize, [=](auto t) {
     using T = decltype(t);
-    const posttrain::LinearTask<T> task = {at<T>(weight), at<T>(bias), at<T>(y), height, width, height, 1.0, false};
+    const posttrain::LinearTask<T> task = {at<T>(weight), at<T>(bias), at<T>(y), height, width,
+                                          height,        1.0,           false,    nullptr};
     POSTTRAIN_CALL(linear<T>, at<T>(x), rows, &task, 1);
+  });
+}
+
+void turn_weight(int itemsize, address weight, int64_t height, int64_t width, address turned) {
+  by_size(itemsize, [=](auto t) {
+    using T = decltype(t);
+    POSTTRAIN_CALL(turn_weight<T>, at<T>(weight), height, width, at<T>(turned));
   });
 }
 
@@ -384,6 +392,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("sample", &sample);
   m.def("linear", &linear);
   m.def("decoder_sizes", [] { return py::make_tuple(sizeof(posttrain::Decoder<float>), sizeof(posttrain::DecoderLayer<float>)); });
+  m.def("turn_weight", &turn_weight);
+  m.attr("turned_columns") = posttrain::kTurnedColumns;
   m.def("decoder_workspace", &decoder_workspace);
   m.def("decode", &decode);
 }

@@ -8,8 +8,12 @@
 
 namespace posttrain {
 
-// One linear layer: y [rows, height] (row stride y_stride) = factor x W^T + bias, W [height, width]; bias may be null.
-// With `add` it is added to what is in y instead of the bias.
+// Columns of a piece of a turned matrix: W [height, width] turned is [pieces][width][kTurnedColumns], with the rows of W
+// as columns; those behind the last row mean nothing.
+constexpr int64_t kTurnedColumns = 64;
+
+// One linear layer: y [rows, height] (row stride y_stride) = factor x W^T + bias, W [height, width]; bias may be null,
+// and `turned`, which is W turned. With `add` it is added to what is in y instead of the bias.
 template <class T>
 struct LinearTask {
   const T *weight, *bias;
@@ -17,12 +21,13 @@ struct LinearTask {
   int64_t height, width, y_stride;
   double factor;
   bool add;
+  const T* turned;
 };
 
-// W x + bias + scaling B (A x); without bias or adapter, they are null.
+// W x + bias + scaling B (A x); without bias, adapter or a turned W, they are null.
 template <class T>
 struct AdaptedLinear {
-  const T *weight, *bias, *lora_a, *lora_b;
+  const T *weight, *turned, *bias, *lora_a, *lora_b;
   int64_t height, width, rank;
   double scaling;
 };

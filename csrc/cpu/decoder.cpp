@@ -119,9 +119,10 @@ struct Run {
     int adapted = 0;
     for (int i = 0; i < count; ++i) {
       const AdaptedLinear<T>& a = *layers[i];
-      whole[i] = {a.weight, a.bias, y[i], a.height, a.width, a.height, 1.0, false};
+      whole[i] = {a.weight, a.bias, y[i], a.height, a.width, a.height, 1.0, false, a.turned};
       if (a.rank == 0) continue;
-      down[adapted] = {a.lora_a, nullptr, low + adapted * s.num_tokens * d.most_rank, a.rank, a.width, a.rank, 1.0, false};
+      T* own = low + adapted * s.num_tokens * d.most_rank;
+      down[adapted] = {a.lora_a, nullptr, own, a.rank, a.width, a.rank, 1.0, false, nullptr};
       ++adapted;
     }
     linear<T>(x, rows, whole, count);
@@ -130,7 +131,7 @@ struct Run {
     for (int i = 0, next = 0; i < count; ++i) {
       const AdaptedLinear<T>& a = *layers[i];
       if (a.rank == 0) continue;
-      const LinearTask<T> raise = {a.lora_b, nullptr, y[i], a.height, a.rank, a.height, a.scaling, true};
+      const LinearTask<T> raise = {a.lora_b, nullptr, y[i], a.height, a.rank, a.height, a.scaling, true, nullptr};
       linear<T>(down[next++].y, rows, &raise, 1);
     }
   }

@@ -99,6 +99,9 @@ void nf4_matvec(const Nf4& w, const T* x, T* turned, int rows, int64_t width, in
 // Several layers with the same x [rows, width]. Every output has the same bits whatever rows are beside it.
 template <class T>
 void linear(const T* x, int64_t rows, const LinearTask<T>* tasks, int count);
+// Turns W [height, width]; `turned` has room for whole pieces.
+template <class T>
+void turn_weight(const T* weight, int64_t height, int64_t width, T* turned);
 
 // Elements of workspace that a step needs; and the step.
 template <class T>

@@ -2,7 +2,8 @@
 // each summed in order. It depends on row i and column j alone, so a row gives the same bits by itself and in any batch.
 // (A library GEMM picks another order of summation for another number of rows.)
 //
-// A piece of W is turned, so that the lanes of a vector are columns, and all rows go over it while it is in cache.
+// A piece of W is turned, so that the lanes of a vector are columns, and all rows go over it while it is in cache. Where
+// all of W is turned already, that is read instead: with few rows, turning takes longer than the products.
 #include <omp.h>
 
 #include "cpu/attention_tile.h"
@@ -11,7 +12,7 @@ namespace posttrain::POSTTRAIN_ISA {
 
 namespace {
 
-constexpr int64_t kColumns = 64, kDepth = 128, kMostRows = 256;  // of a piece of W, and rows of x that pass over it
+constexpr int64_t kColumns = kTurnedColumns, kDepth = 128, kMostRows = 256;  // of a piece of W, and rows of x that pass over it
 constexpr int64_t kSmall = 1 << 15;                              // multiplications that one thread does alone
 
 template <class T>
@@ -27,15 +28,19 @@ template <class T>
 void columns(const T* x, int64_t rows, const LinearTask<T>& task, int64_t first, int64_t last) {
   T piece[kDepth * kColumns], sums[kMostRows * kColumns];
   const int64_t width = task.width;
-  for (int64_t j = first; j < last; j += kColumns) {
-    const int64_t count = last - j < kColumns ? last - j : kColumns, lanes = padded<T>(count);
+  for (int64_t j = first, count = 0; j < last; j += count) {
+    const int64_t within = task.turned ? j % kColumns : 0, rest = kColumns - within;
+    count = last - j < rest ? last - j : rest;
+    const int64_t lanes = padded<T>(count);
     for (int64_t top = 0; top < rows; top += kMostRows) {
       const int64_t height = rows - top < kMostRows ? rows - top : kMostRows;
       for (int64_t i = 0; i < height * kColumns; ++i) sums[i] = T(0);
       for (int64_t k = 0; k < width; k += kDepth) {
         const int64_t depth = width - k < kDepth ? width - k : kDepth;
-        transpose([&](int64_t c) { return task.weight + (j + c) * width + k; }, count, depth, T(1), piece, kColumns);
-        multiply<T, true>(Scalars<T>{x + top * width + k, width, 1}, piece, kColumns, sums, kColumns, height, depth,
+        const T* lines = task.turned ? task.turned + (j - within) * width + k * kColumns + within : piece;
+        if (!task.turned)
+          transpose([&](int64_t c) { return task.weight + (j + c) * width + k; }, count, depth, T(1), piece, kColumns);
+        multiply<T, true>(Scalars<T>{x + top * width + k, width, 1}, lines, kColumns, sums, kColumns, height, depth,
                           lanes);
       }
       for (int64_t i = 0; i < height; ++i) write(sums + i * kColumns, task, top + i, j, count);
@@ -66,6 +71,17 @@ void linear(const T* x, int64_t rows, const LinearTask<T>* tasks, int count) {
   }
 }
 
+template <class T>
+void turn_weight(const T* weight, int64_t height, int64_t width, T* turned) {
+#pragma omp parallel for schedule(static) if (height * width > kSmall)
+  for (int64_t j = 0; j < height; j += kColumns) {
+    const int64_t count = height - j < kColumns ? height - j : kColumns;
+    transpose([&](int64_t c) { return weight + (j + c) * width; }, count, width, T(1), turned + j * width, kColumns);
+  }
+}
+
+template void turn_weight<float>(const float*, int64_t, int64_t, float*);
+template void turn_weight<double>(const double*, int64_t, int64_t, double*);
 template void linear<float>(const float*, int64_t, const LinearTask<float>*, int);
 template void linear<double>(const double*, int64_t, const LinearTask<double>*, int);
 

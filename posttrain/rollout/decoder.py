@@ -1,5 +1,8 @@
 """A known decoder as the C++ step takes it: every weight where it lies, without a copy.
 
+Only of a small model, its linear layers are also turned, once a call, as csrc/cpu/linear.cpp multiplies with them: it
+would turn them anew in every step, which takes a fifth of a step of 32 sequences and half of one with a single one.
+
 The modules are read anew for every call of the engine, since adapters are switched and weights replaced between calls.
 Whatever the C++ step doesn't do (hooks, DoRA, dtypes other than float32 and float64, other families) is an `Unusual`
 model, which runs through its modules (paged.py).
@@ -22,7 +25,8 @@ from posttrain.rollout.cache import KVCache, LayerShape, StepLayout
 
 # The structures of csrc/decoder.h.
 _LINEAR = np.dtype(
-    [(name, "i8") for name in ("weight", "bias", "lora_a", "lora_b", "height", "width", "rank")] + [("scaling", "f8")]
+    [(name, "i8") for name in ("weight", "turned", "bias", "lora_a", "lora_b", "height", "width", "rank")]
+    + [("scaling", "f8")]
 )
 _NORMS = ("before_attention", "after_attention", "before_mlp", "after_mlp", "q_norm", "k_norm")
 _LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -41,6 +45,7 @@ _DECODER = np.dtype(
 assert (_DECODER.itemsize, _LAYER.itemsize) == _C.decoder_sizes()
 
 _ACTIVATIONS = ("silu", "gelu", "gelu_tanh")  # in the order of csrc/cpu/kernels.h
+_MOST_TURNED = 64 << 20  # bytes
 _STEADY_ROPE = {"default", "linear", "llama3", "yarn"}  # kinds whose angles don't depend on the longest sequence
 
 
@@ -72,6 +77,7 @@ class CompiledDecoder:
         record = self._describe_all(body, layers, cache.shapes[0], cache.page_size)
         self._kept.append(record)
         self._address_of_all = int(record.ctypes.data)
+        self._turn([record["head"], *(row[name] for row in layers for name in _LINEARS)])
         self._workspace = torch.empty(0, dtype=self._dtype)
         self._cos: list[Tensor] = []
         self._sin: list[Tensor] = []
@@ -238,6 +244,19 @@ class CompiledDecoder:
         if lora_a is not None and lora_b is not None:
             row["lora_a"], row["lora_b"] = (self._address(x.detach().to(self._dtype)) for x in (lora_a, lora_b))
             row["rank"], row["scaling"] = len(lora_a), scaling
+
+    def _turn(self, linears: list[Any]) -> None:
+        """Turn all weights, unless they are too many."""
+        columns = _C.turned_columns
+        sizes = [-(-int(row["height"]) // columns) * columns * int(row["width"]) for row in linears]
+        if sum(sizes) * self._dtype.itemsize > _MOST_TURNED:
+            return
+        turned = torch.empty(sum(sizes), dtype=self._dtype)
+        self._kept.append(turned)
+        for row, part in zip(linears, turned.split(sizes), strict=True):
+            row["turned"] = part.data_ptr()
+            shape = int(row["height"]), int(row["width"])
+            _C.turn_weight(self._dtype.itemsize, int(row["weight"]), *shape, part.data_ptr())
 
     def _address(self, tensor: Tensor) -> int:
         if tensor.dtype != self._dtype or tensor.device != self._device or not tensor.is_contiguous():
