@@ -3,7 +3,15 @@
 import pytest
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, TrainerCallback
+from tiny_models import tiny
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from trl.trainer import utils
 
 import posttrain
@@ -182,6 +190,16 @@ def test_attention_that_stays(model_dir, enabled, capsys, options, reason):
     assert model.config._attn_implementation == options.get("attn_implementation", "sdpa")
     assert is_prepared(model)
     assert reason in capsys.readouterr().out
+
+
+def test_a_model_made_from_a_configuration_gets_our_ops_with_its_trainer(enabled, tmp_path):
+    model = tiny("llama")
+    assert not is_prepared(model)
+    Trainer(model=model, args=TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none"))
+    assert is_prepared(model)
+    assert counters() == {"trainer made": 1, "model prepared": 1}
+    posttrain.disable()
+    assert not is_prepared(model)
 
 
 def test_other_models_are_left_alone_with_the_reason(enabled, capsys, tmp_path):
