@@ -196,6 +196,9 @@ class Layer(Fused):
         if inner := _joined(norm, self.mlp):
             total = hidden_states + attended
             return self.mlp(total, inner), total
+        if hooked(norm):  # hooks see the norm of transformers: of one tensor
+            total = hidden_states + attended
+            return self.mlp(norm(total)), total
         normed, total = norm(attended, residual=hidden_states)
         return self.mlp(normed), total
 

@@ -294,38 +294,55 @@ def test_files_are_byte_for_byte_pefts(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "path",
+    ("path", "family", "config"),
     [
-        "mlp.up_proj",
-        "mlp.up_proj.lora_A.default",
-        "mlp.down_proj.base_layer",
-        "self_attn.k_proj.lora_B.default",
-        "self_attn.o_proj.lora_dropout.default",
-        "self_attn",
-        "mlp",
-        "input_layernorm",
-        "post_attention_layernorm",
+        ("mlp.up_proj", "llama", lora()),
+        ("mlp.up_proj.lora_A.default", "llama", lora()),
+        ("mlp.down_proj.base_layer", "llama", lora()),
+        ("self_attn.k_proj.lora_B.default", "llama", lora()),
+        ("self_attn.o_proj.lora_dropout.default", "llama", lora()),
+        ("self_attn", "llama", lora()),
+        ("mlp", "llama", lora()),
+        ("input_layernorm", "llama", lora()),
+        ("post_attention_layernorm", "llama", lora()),
+        ("pre_feedforward_layernorm", "gemma2", lora()),
+        ("mlp", "llama", None),
+        ("input_layernorm", "llama", None),
+        ("post_attention_layernorm", "llama", None),
+        ("post_attention_layernorm", "phi3", None),
+        ("pre_feedforward_layernorm", "gemma2", None),
     ],
+    ids=lambda value: value if isinstance(value, str) else "lora" if value else "plain",
 )
-def test_hooks_see_what_they_see_with_peft(path):
-    model, exact = prepared(lora())[0], stock("llama", lora())
-    expected = token_logprobs(model, BATCH).logprob
+def test_hooks_see_and_change_what_they_do_without_prepare(path, family, config):
+    model, exact = (tiny(family) if config is None else stock(family, config, torch.float32) for _ in range(2))
+    exact.double()
+    prepare(model)
     seen = {model: [], exact: []}
 
     def watch(each):
-        layer = each.get_base_model().model.layers[0].get_submodule(path)
-        layer.register_forward_hook(lambda _, *call: seen[each].append(read(*call)), with_kwargs=True)
+        base = each if config is None else each.get_base_model()
+        module = base.model.layers[0].get_submodule(path)
+        module.register_forward_pre_hook(lambda _, *inputs: before(each, *inputs), with_kwargs=True)
+        module.register_forward_hook(lambda *call: after(each, call[-1]))
 
-    def read(inputs, kwargs, output):
+    def before(each, inputs, kwargs):
+        assert len(inputs) == 1 or "hidden_states" in kwargs
         x = inputs[0] if inputs else kwargs["hidden_states"]
-        return x + kwargs["residual"] if "residual" in kwargs else x
+        seen[each].append(x.detach())
+        return ((1.5 * x,), kwargs) if inputs else ((), {**kwargs, "hidden_states": 1.5 * x})
+
+    def after(each, output):
+        y, *rest = output if isinstance(output, tuple) else (output,)
+        seen[each].append(y.detach())
+        return (0.5 * y, *rest) if isinstance(output, tuple) else 0.5 * y
 
     watch(model)
     watch(exact)
-    torch.testing.assert_close(token_logprobs(model, BATCH).logprob, expected)
-    alone(exact, BATCH)
-    (ours,) = seen[model]
-    assert_true_to(ours, torch.cat(seen[exact], 1))
+    assert_true_to(token_logprobs(model, BATCH).logprob, target_logprobs(exact, BATCH))
+    assert len(seen[model]) == 2
+    for i, ours in enumerate(seen[model]):
+        assert_true_to(ours, torch.cat(seen[exact][i::2], 1))
 
 
 def test_autocast_is_as_good_as_peft():
