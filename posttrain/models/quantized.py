@@ -95,14 +95,19 @@ def dequantize(model: nn.Module) -> None:
     """Turn every `NF4Linear` of `model` back into a linear layer, in place, frozen, with the values it has in 4 bits.
 
     The new weights have the model's dtype. Adapters stay, and can then be merged.
+
+    Raises `ModelError` for a model without such layers.
     """
-    dtype = causal_lm(model).dtype
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, NF4Linear):
-            wide = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-            wide.weight = nn.Parameter(nf4_dequantize(layer.matrix, dtype), requires_grad=False)
-            wide.bias = layer.bias
-            model.set_submodule(name, wide)
+    causal = causal_lm(model)
+    dtype = causal.dtype
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, NF4Linear)}
+    if not layers:
+        raise ModelError(f"{type(causal).__name__} has no NF4Linear layers; only those are dequantised here")
+    for name, layer in layers.items():
+        wide = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        wide.weight = nn.Parameter(nf4_dequantize(layer.matrix, dtype), requires_grad=False)
+        wide.bias = layer.bias
+        model.set_submodule(name, wide)
     for part in model.modules():
         config: Any = getattr(part, "config", None)
         if hasattr(config, "quantization_config"):
