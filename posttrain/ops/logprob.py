@@ -29,6 +29,7 @@ GPU, where nobody waits to count them, a block of such targets computes no logit
 frozen head's unit costs its two GEMMs whatever comes back.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -270,8 +271,8 @@ def _check(
             _refuse(f"{name} must be {hidden.dtype} on {hidden.device} like hidden; got {x.dtype} on {x.device}")
     if not temperature > 0:
         _refuse(f"temperature must be positive, got {temperature}")
-    if softcap is not None and not softcap > 0:
-        _refuse(f"softcap must be positive, got {softcap}")
+    if softcap is not None and not 0 < softcap < math.inf:
+        _refuse(f"softcap must be positive and finite, got {softcap}")
     _check_range("targets", targets, len(weight), also=IGNORED)
     if rows is not None:
         _check_range("rows", rows, len(hidden), also=0 if len(hidden) else None)

@@ -18,6 +18,8 @@ Saved for the backward: q, k, v, o and lse; the scores are computed again. A key
 k <= q < visible_until[k] in a fixed order: no copies of k and v for each branch, no atomics, the same bits every time.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -102,8 +104,8 @@ def _check(
         )
     if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
         raise ValueError(f"packed_attention: window must be an integer of at least 1, got {window!r}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"packed_attention: softcap must be positive, got {softcap}")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"packed_attention: softcap must be positive and finite, got {softcap}")
     if sinks is not None and (sinks.shape != q.shape[1:2] or not sinks.is_floating_point() or sinks.device != q.device):
         raise ValueError(
             f"packed_attention: sinks must be [{q.shape[1]}], floating, on {q.device}; "

@@ -12,6 +12,8 @@ q - k < window) and one softmax for each query,
 as in packed_attention.py. Nothing here has a gradient.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -139,8 +141,8 @@ def _check(
         raise ValueError("paged_attention: has no gradient; call it under torch.no_grad()")
     if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
         raise ValueError(f"paged_attention: window must be an integer of at least 1, got {window!r}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"paged_attention: softcap must be positive, got {softcap}")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"paged_attention: softcap must be positive and finite, got {softcap}")
     if sinks is not None and (sinks.shape != q.shape[1:2] or not sinks.is_floating_point() or sinks.device != q.device):
         raise ValueError(
             f"paged_attention: sinks must be [{q.shape[1]}], floating, on {q.device}; "

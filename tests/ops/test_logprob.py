@@ -393,6 +393,7 @@ def _call(**changes):
         ({"weight": torch.zeros(0, 8)}, r"the vocabulary must not be empty; got weight \[0, 8\]"),
         ({"temperature": 0.0}, "temperature must be positive, got 0.0"),
         ({"softcap": -1.0}, "softcap must be positive"),
+        ({"softcap": float("inf")}, "softcap must be positive and finite, got inf"),
     ],
 )
 def test_errors_name_the_numbers(changes, message):

@@ -330,7 +330,9 @@ def test_what_does_not_fit_is_an_error(change, message):
 
 
 @pytest.mark.parametrize(
-    "option", [{"sinks": torch.zeros(3)}, {"window": 0}, {"softcap": 0.0}, {"softcap": -1.0}], ids=str
+    "option",
+    [{"sinks": torch.zeros(3)}, {"window": 0}, {"softcap": 0.0}, {"softcap": -1.0}, {"softcap": float("inf")}],
+    ids=str,
 )
 def test_bad_options_are_errors(option):
     with pytest.raises(ValueError, match=next(iter(option))):
