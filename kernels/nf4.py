@@ -55,7 +55,8 @@ def dequantize_kernel(
     WHOLE: tl.constexpr,
 ):
     """out = elements [first, first + count) of the matrix."""
-    block = first // BLOCK + tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)[:, None]
+    first = tl.cast(first, tl.int64)  # first + count may pass 2^31
+    block = first // BLOCK + tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)[:, None]
     byte = block * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]
     end = first + count
     there = block * BLOCK < end

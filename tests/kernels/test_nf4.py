@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from posttrain import ops
+from posttrain.kernels.nf4 import dequantize
 from posttrain.ops import NF4Weight, nf4, nf4_dequantize, nf4_linear, quantize_nf4, reference
 from posttrain.ops.nf4 import MATVEC_ROWS, Parts
 
@@ -60,6 +61,18 @@ def test_dequantising_slab_by_slab(random, monkeypatch) -> None:
     slabs = [slab.clone() for _, slab in nf4.slabs(Parts.of(weight), torch.float32, "triton")]
     assert len(slabs) == 4
     assert torch.equal(torch.cat(slabs), expected(weight, torch.float32))
+
+
+def test_elements_up_to_two_to_the_31(triton_device) -> None:
+    """Most of this matrix is memory that nobody touches."""
+    height, width, count = 1 << 15, 1 << 16, 4096
+    packed = torch.empty(height * width // 2, dtype=torch.uint8, device=triton_device)
+    absmax = torch.empty(height * width // 64, device=triton_device)
+    packed[-count // 2 :] = 0xFF
+    absmax[-count // 64 :] = torch.arange(count // 64, device=triton_device)
+    out = torch.full((count,), torch.nan, device=triton_device)
+    dequantize(Parts(packed, absmax, None, None, None, height, width, 64, 0), height * width - count, out)
+    assert torch.equal(out.view(-1, 64), absmax[-count // 64 :, None].expand(-1, 64))
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (7, 13), (9, 96), (5, 1024)], ids=str)
