@@ -132,12 +132,18 @@ def _adapters(where: str, layer: LoraLayer, several: bool) -> tuple[Tensor | Non
         )
     if not a.is_floating_point() or not b.is_floating_point():
         raise ValueError(f"{where}lora_a and lora_b must be floating, got {a.dtype} and {b.dtype}")
-    count = len(a) if several else 1
-    scaling = layer.scaling
-    factors = [float(scaling)] * count if isinstance(scaling, SupportsFloat) else [float(f) for f in scaling]
-    if len(factors) != count:
-        raise ValueError(f"{where}scaling must be {count} numbers, got {len(factors)}")
+    factors = _factors(where, layer.scaling, len(a) if several else 1)
     return (a, b, factors) if several else (a[None], b[None], factors)
+
+
+def _factors(where: str, scaling: float | Sequence[float], count: int) -> list[float]:
+    if isinstance(scaling, SupportsFloat):
+        return [float(scaling)] * count
+    if not isinstance(scaling, Sequence) or not all(isinstance(factor, SupportsFloat) for factor in scaling):
+        raise ValueError(f"{where}scaling must be a number or {count} of them, got {scaling!r}")
+    if len(scaling) != count:
+        raise ValueError(f"{where}scaling must be {count} numbers, got {len(scaling)}")
+    return [float(factor) for factor in scaling]
 
 
 def options(
@@ -156,6 +162,8 @@ def options(
             f"{op}: the norm's weight must be {list(x.shape[-1:])} on {x.device}; "
             f"got {list(weight.shape)} on {weight.device}"
         )
+    if weight is not None and not weight.is_floating_point():
+        raise ValueError(f"{op}: the norm's weight must be floating, got {weight.dtype}")
     if not 0 <= dropout < 1:
         raise ValueError(f"{op}: dropout must be at least 0 and below 1, got {dropout}")
     if adapter is None:
@@ -165,7 +173,9 @@ def options(
             f"{op}: adapter must be int64 {list(x.shape[:-1])} on {x.device}; "
             f"got {adapter.dtype} {list(adapter.shape)} on {adapter.device}"
         )
-    _check_range(op, adapter, min((len(layer.scaling) for layer in layers if layer.scaling), default=0))
+    if not any(layer.scaling for layer in layers):
+        raise ValueError(f"{op}: adapter is for layers with adapters, and there is no lora_a")
+    _check_range(op, adapter, min(len(layer.scaling) for layer in layers if layer.scaling))
     return Options(adapter, float(dropout), seed, weight, eps)
 
 
@@ -379,7 +389,7 @@ def _bundle(x: Tensor, layers: Sequence[Layer], adapted: list[int], dropped: Ten
     matrices, columns, start = [], [], 0
     for i in adapted:
         lora_a: Tensor = layers[i].lora_a  # type: ignore[assignment]
-        matrices.append(lora_a.reshape(-1, x.shape[1]).to(dtype))
+        matrices.append(lora_a.reshape(layers[i].rank, x.shape[1]).to(dtype))
         columns.append(slice(start, start + layers[i].rank))
         start = columns[-1].stop
     return Bundle(adapted, columns, matrices[0] if len(matrices) == 1 else torch.cat(matrices), dropped)

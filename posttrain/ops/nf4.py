@@ -59,6 +59,7 @@ def nf4_dequantize(weight: NF4Weight, dtype: torch.dtype | None = None) -> Tenso
     Equal to bitsandbytes' result bit for bit: products in float32, rounded once to a half precision (float64 has
     products in float64, which bitsandbytes lacks).
     """
+    _check_type("nf4_dequantize", weight)
     dtype = weight.dtype if dtype is None else dtype
     if not dtype.is_floating_point:
         raise ValueError(f"nf4_dequantize: dtype must be floating, got {dtype}")
@@ -83,6 +84,7 @@ def nf4_linear(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tens
     Raises:
         ValueError: shapes, dtypes or devices that don't fit, with the numbers.
     """
+    _check_type("nf4_linear", weight)
     height, width = weight.shape
     if x.ndim == 0 or x.shape[-1] != width or not x.is_floating_point():
         raise ValueError(f"nf4_linear: x must be floating [..., {width}] for W {[height, width]}; got {_described(x)}")
@@ -96,6 +98,11 @@ def nf4_linear(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tens
     if backend == "reference":
         return reference.nf4_linear(x, weight, bias)
     return _nf4_linear(x, bias, *Parts.of(weight), backend)
+
+
+def _check_type(op: str, weight: NF4Weight) -> None:
+    if not isinstance(weight, NF4Weight):
+        raise ValueError(f"{op}: weight must be an NF4Weight, as quantize_nf4 makes it, got {type(weight).__name__}")
 
 
 def slabs(weight: Parts, dtype: torch.dtype, backend: str) -> Iterator[tuple[slice, Tensor]]:

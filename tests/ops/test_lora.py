@@ -472,10 +472,16 @@ def test_any_number_is_a_scaling(scaling) -> None:
         ({"lora_a": torch.ones(3, 12).int()}, r"must be floating, got torch.int32 and torch.float32"),
         ({"lora_a": torch.ones(3, 12, device="meta")}, r"lora_a is on meta, x on cpu"),
         ({"scaling": (1.0, 2.0)}, r"scaling must be 1 numbers, got 2"),
+        ({"scaling": "2"}, r"scaling must be a number or 1 of them, got '2'"),
+        ({"scaling": None}, r"scaling must be a number or 1 of them, got None"),
         ({"magnitude": torch.ones(9)}, r"magnitude must be floating \[10\], got torch.float32 \[9\]"),
         ({"magnitude": torch.ones(10), "lora_a": None, "lora_b": None}, r"magnitude is for a layer with one adapter"),
         ({"dropout": 1.0}, r"dropout must be at least 0 and below 1, got 1.0"),
         ({"adapter": torch.zeros(4, dtype=torch.int64)}, r"lora_a \[E, R, K\] and lora_b \[E, N, R\]"),
+        (
+            {"adapter": -torch.ones(4, dtype=torch.int64), "lora_a": None, "lora_b": None},
+            r"adapter is for layers with adapters, and there is no lora_a",
+        ),
     ],
 )
 def test_wrong_arguments(change, message) -> None:
@@ -483,6 +489,16 @@ def test_wrong_arguments(change, message) -> None:
     arguments = {"x": x, "weight": weight, "lora_a": a, "lora_b": b, "scaling": 1.0, "bias": bias, **change}
     with pytest.raises(ValueError, match=f"lora_linear: .*{message}"):
         lora_linear(**arguments)
+
+
+def test_no_columns() -> None:
+    """The product with nothing is 0, and its gradients are empty or 0."""
+    x, weight, a, b, bias = (t.requires_grad_() for t in operands(4, 0, 10, 3))
+    y = lora_linear(x, weight, a, b, bias=bias)
+    assert torch.equal(y, bias.expand(4, 10))
+    grads = torch.autograd.grad(y.sum(), [x, weight, a, b, bias])
+    assert [grad.shape for grad in grads] == [t.shape for t in (x, weight, a, b, bias)]
+    assert torch.equal(grads[3], torch.zeros(10, 3)) and torch.equal(grads[4], torch.full((10,), 4.0))
 
 
 def test_wrong_adapter_names() -> None:
@@ -495,6 +511,8 @@ def test_wrong_adapter_names() -> None:
         lora_qkv(x, LoraLayer(weight), LoraLayer(weight), LoraLayer(weight.half()))
     with pytest.raises(ValueError, match=r"lora_qkv: the norm's weight must be \[30\] on cpu; got \[20\] on cpu"):
         lora_qkv(x, *[LoraLayer(weight)] * 3, norm=(torch.ones(20), 1e-6))
+    with pytest.raises(ValueError, match=r"lora_qkv: the norm's weight must be floating, got torch.int64"):
+        lora_qkv(x, *[LoraLayer(weight)] * 3, norm=(torch.ones(30, dtype=torch.int64), 1e-6))
     with pytest.raises(ValueError, match=r"scaling must be 3 numbers, got 2"):
         lora_linear(x, weight, a, b, (1.0, 2.0), adapter=adapter)
 

@@ -268,6 +268,10 @@ def test_wrong_matrices() -> None:
         quantize_nf4(matrix(7, 13), blocksize=48)
     with pytest.raises(ValueError, match=r"weight must be \[N, K\] in 16 or 32 bits, got torch.float64 \[7, 13\]"):
         quantize_nf4(matrix(7, 13).double())
+    with pytest.raises(ValueError, match=r"nf4_dequantize: weight must be an NF4Weight, .* got Tensor"):
+        nf4_dequantize(matrix(7, 13))
+    with pytest.raises(ValueError, match=r"nf4_linear: weight must be an NF4Weight, .* got Tensor"):
+        nf4_linear(matrix(2, 13), matrix(7, 13))
     with pytest.raises(ValueError, match=r"dtype must be floating, got torch.int32"):
         nf4_dequantize(weight, torch.int32)
     with pytest.raises(ValueError, match="'weight' lacks nested_absmax"):
