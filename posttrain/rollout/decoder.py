@@ -54,7 +54,12 @@ class Unusual(Exception):
 
 
 class CompiledDecoder:
-    """The weights of `model` and the pages of `cache`, described for C++. Raises `Unusual`."""
+    """The weights of `model` and the pages of `cache`, described for C++. Raises `Unusual`.
+
+    Attributes:
+        head: the model's.
+        turned: the turned weights of a small model, or None.
+    """
 
     def __init__(self, model: nn.Module, cache: KVCache) -> None:
         causal = causal_lm(model)
@@ -77,7 +82,7 @@ class CompiledDecoder:
         record = self._describe_all(body, layers, cache.shapes[0], cache.page_size)
         self._kept.append(record)
         self._address_of_all = int(record.ctypes.data)
-        self._turn([record["head"], *(row[name] for row in layers for name in _LINEARS)])
+        self.turned = self._turn([record["head"], *(row[name] for row in layers for name in _LINEARS)])
         self._workspace = torch.empty(0, dtype=self._dtype)
         self._cos: list[Tensor] = []
         self._sin: list[Tensor] = []
@@ -245,18 +250,18 @@ class CompiledDecoder:
             row["lora_a"], row["lora_b"] = (self._address(x.detach().to(self._dtype)) for x in (lora_a, lora_b))
             row["rank"], row["scaling"] = len(lora_a), scaling
 
-    def _turn(self, linears: list[Any]) -> None:
-        """Turn all weights, unless they are too many."""
+    def _turn(self, linears: list[Any]) -> Tensor | None:
+        """All weights turned, unless they are too many."""
         columns = _C.turned_columns
         sizes = [-(-int(row["height"]) // columns) * columns * int(row["width"]) for row in linears]
         if sum(sizes) * self._dtype.itemsize > _MOST_TURNED:
-            return
+            return None
         turned = torch.empty(sum(sizes), dtype=self._dtype)
-        self._kept.append(turned)
         for row, part in zip(linears, turned.split(sizes), strict=True):
             row["turned"] = part.data_ptr()
             shape = int(row["height"]), int(row["width"])
             _C.turn_weight(self._dtype.itemsize, int(row["weight"]), *shape, part.data_ptr())
+        return turned
 
     def _address(self, tensor: Tensor) -> int:
         if tensor.dtype != self._dtype or tensor.device != self._device or not tensor.is_contiguous():

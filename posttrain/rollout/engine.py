@@ -30,7 +30,8 @@ Params = SamplingParams | Sequence[SamplingParams]
 
 
 class Engine:
-    """Generates with `model` as it is: its weights, its adapters, its device, nothing copied.
+    """Generates with `model` as it is: its weights, its adapters, its device. Only linear layers of up to 64 MiB in
+    all are copied, for the time of a call, as the processor reads them fastest.
 
     Use it as a context, or call `release`, to give the memory for keys and values back.
 

@@ -44,6 +44,20 @@ def trained_logprobs(model, prompt, completion, temperature):
         return token_logprobs(model, PackedBatch.pack([Example(ids, mask)]), temperature=temperature).logprob
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_weights_turned_once_or_in_every_step(name, make_engine, prompts, monkeypatch):
+    model = tiny(name)
+    prepare(model)
+    model = with_adapter(model)
+    results = []
+    for most in (0, 1 << 30):
+        monkeypatch.setattr("posttrain.rollout.decoder._MOST_TURNED", most)
+        engine = make_engine(model)
+        results.append(engine.generate(prompts, DRAWN))
+        assert (engine._runner.compiled.turned is not None) == (most > 0)
+    assert results[0] == results[1]
+
+
 @pytest.mark.parametrize("name", [*FAMILIES, *OTHERS])
 @pytest.mark.parametrize("adapted", [False, True], ids=["plain", "lora"])
 def test_logprobs_are_those_of_training(name, adapted, make_engine, prompts):
