@@ -33,13 +33,16 @@ def load(
         trust_remote_code: whether code that comes with the model may run.
         load_in_4bit: quantise the frozen linear layers, all but the language head, to NF4 as bitsandbytes does, which
             needn't be installed. A checkpoint in bitsandbytes' NF4 is loaded as it is, with or without this.
-        use_bnb_nested_quant: keep the statistics of the 4-bit weights in 8 bits ("double quantisation").
+        use_bnb_nested_quant: with load_in_4bit, keep the statistics of the 4-bit weights in 8 bits ("double
+            quantisation").
 
     Raises:
         ModelError: what is wrong with the folder, the id or the checkpoint, in one line.
     """
     path = os.path.expanduser(path_or_id)
     _check(path)
+    if use_bnb_nested_quant and not load_in_4bit:
+        raise ModelError("use_bnb_nested_quant is for 4-bit weights: set load_in_4bit too")
     kind = _dtype(dtype)
     own = {} if attn_implementation == "posttrain" else {"attn_implementation": attn_implementation}
     if is_adapter(path):
@@ -94,7 +97,7 @@ def _load_model(base: str, dtype: str | torch.dtype, options: dict[str, Any]) ->
         loaded = AutoModelForCausalLM.from_pretrained(base, use_safetensors=True, **common, **options)
         return loaded[0], sorted(loaded[1]["missing_keys"])
     tensors = _tensors(base, options["local_files_only"])
-    matrices = quantized.unpack(tensors)
+    matrices = quantized.unpack(tensors, dtype if isinstance(dtype, torch.dtype) else config.dtype)
     del config.quantization_config
     own: Any = {name: options[name] for name in options if name == "attn_implementation"}
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]

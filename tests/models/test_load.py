@@ -213,6 +213,11 @@ def test_bad_dtypes(folder, dtype):
         assert error_of(folder, dtype=dtype).endswith(f"such as 'bfloat16', got {dtype!r}")
 
 
+def test_nested_statistics_without_4_bits(folder):
+    with pytest.raises(ModelError, match="use_bnb_nested_quant is for 4-bit weights: set load_in_4bit too"):
+        load(folder, use_bnb_nested_quant=True)
+
+
 def test_importing_the_package_imports_nothing_heavy():
     code = "import sys, posttrain.models; print(*({'transformers', 'peft', 'datasets'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
