@@ -1,7 +1,7 @@
 """A known decoder as the C++ step takes it: every weight where it lies, without a copy.
 
 Only of a small model, its linear layers are also turned, once a call, as csrc/cpu/linear.cpp multiplies with them: it
-would turn them anew in every step, which takes a fifth of a step of 32 sequences and half of one with a single one.
+would turn them anew in every step, an eighth of the time of the demo's model (docs/lab-notes.md).
 
 The modules are read anew for every call of the engine, since adapters are switched and weights replaced between calls.
 Whatever the C++ step doesn't do (hooks, DoRA, dtypes other than float32 and float64, other families) is an `Unusual`
