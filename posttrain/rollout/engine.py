@@ -17,7 +17,7 @@ from posttrain.rollout.pages import PagePool
 from posttrain.rollout.params import Completion, Piece, SamplingParams
 from posttrain.rollout.plain import PlainRunner
 from posttrain.rollout.progress import show
-from posttrain.rollout.prompts import encode, encode_all
+from posttrain.rollout.prompts import check_tokens, encode, encode_all
 from posttrain.rollout.scheduler import Scheduler
 from posttrain.rollout.scoring import score
 from posttrain.rollout.sequence import Sequence as Branch
@@ -73,6 +73,7 @@ class Engine:
         self.context_length = context_length or getattr(config, "max_position_embeddings", None)
         self.stats = Stats()
         self.finished: dict[int, list[Completion]] = {}
+        self._size = len(causal.get_input_embeddings().weight)  # tokens that the model embeds
         self._page_size = page_size
         self._max_sequences = max_sequences
         self._max_tokens = max_tokens_per_step
@@ -139,7 +140,7 @@ class Engine:
             ValueError: a prompt that can't be used, by its number, before anything is generated. Whatever ends a call
                 early (an error of `on_finish`, Ctrl-C), what is done is in `finished`, and no page stays held.
         """
-        tokens = encode_all(self.tokenizer, prompts)
+        tokens = encode_all(self.tokenizer, prompts, self._size)
         every = _each(params, len(tokens))
         firsts = self._firsts(tokens, every)
         self.finished = {}
@@ -171,7 +172,7 @@ class Engine:
         The last piece of a completion holds it whole. Closing the iterator ends the generation. Arguments and errors
         are as of `generate`.
         """
-        tokens = encode_all(self.tokenizer, prompts)
+        tokens = encode_all(self.tokenizer, prompts, self._size)
         firsts = self._firsts(tokens, _each(params, len(tokens)))
         return self._pieces(firsts)
 
@@ -203,7 +204,8 @@ class Engine:
         if len(completions) != len(prompts):
             raise ValueError(f"score: {len(prompts)} prompts need a list of completions each, got {len(completions)}")
         pairs, counts = [], []
-        for index, (prompt, own) in enumerate(zip(encode_all(self.tokenizer, prompts), completions, strict=True)):
+        encoded = encode_all(self.tokenizer, prompts, self._size)
+        for index, (prompt, own) in enumerate(zip(encoded, completions, strict=True)):
             if isinstance(own, str | Completion):
                 raise ValueError(f"score: the completions of prompt {index} must be a list, got {type(own).__name__}")
             counts.append(len(own))
@@ -224,17 +226,20 @@ class Engine:
 
     def _tokens(self, completion: Any, name: str) -> list[int]:
         if isinstance(completion, Completion):
-            return completion.token_ids
-        if isinstance(completion, str):
-            return self.tokenizer(completion, add_special_tokens=False)["input_ids"]
-        return encode(self.tokenizer, completion, name) if len(completion) else []
+            tokens = completion.token_ids
+        elif isinstance(completion, str):
+            tokens = self.tokenizer(completion, add_special_tokens=False)["input_ids"]
+        else:
+            return encode(self.tokenizer, completion, name, self._size) if len(completion) else []
+        check_tokens(tokens, name, self._size)
+        return tokens
 
     def open(self, prompt: Any) -> Branch:
         """A sequence to draw from again and again with `grow`; it keeps its pages until `close`.
 
         Its keys and values are those of the weights they were computed with: call `release` when weights change.
         """
-        tokens = encode(self.tokenizer, prompt, "the prompt")
+        tokens = encode(self.tokenizer, prompt, "the prompt", self._size)
         self._room(len(tokens), "the prompt")
         branch = Branch(len(self._branches), 0, tokens, len(tokens), len(tokens), SamplingParams(), 0, kept=True)
         self._branches.append(branch)

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 
 
-def encode(tokenizer: Any, prompt: Any, name: str) -> list[int]:
+def encode(tokenizer: Any, prompt: Any, name: str, size: int) -> list[int]:
     """Token ids of a prompt: a text, token ids, or the messages of a chat, whose answer is to be generated.
 
-    An empty one becomes the beginning-of-sequence token. Raises `ValueError`, which calls the prompt `name`.
+    An empty one becomes the beginning-of-sequence token. `size` is the number of tokens that the model embeds. Raises
+    `ValueError`, which calls the prompt `name`.
     """
     if isinstance(prompt, str):
         ids = tokenizer(prompt, return_attention_mask=False)["input_ids"]
@@ -18,23 +19,27 @@ def encode(tokenizer: Any, prompt: Any, name: str) -> list[int]:
         ids = _encode_chat(tokenizer, prompt, name)
     else:
         ids = _token_ids(prompt, name)
-        size = len(tokenizer)
-        wrong = next((token for token in ids if not 0 <= token < size), None)
-        if wrong is not None:
-            raise ValueError(f"{name} has the token {wrong}; the tokenizer has 0 to {size - 1}")
-    if ids:
-        return list(ids)
-    if tokenizer.bos_token_id is None:
-        raise ValueError(f"{name} has no tokens, and the tokenizer no beginning-of-sequence token to start from")
-    return [tokenizer.bos_token_id]
+    if not ids:
+        if tokenizer.bos_token_id is None:
+            raise ValueError(f"{name} has no tokens, and the tokenizer no beginning-of-sequence token to start from")
+        ids = [tokenizer.bos_token_id]
+    check_tokens(ids, name, size)
+    return list(ids)
 
 
-def encode_all(tokenizer: Any, prompts: Any) -> list[list[int]]:
-    """Token ids of every prompt of a list."""
+def check_tokens(ids: Sequence[int], name: str, size: int) -> None:
+    """Raises `ValueError` for a token that a model of `size` tokens can't embed."""
+    wrong = next((token for token in ids if not 0 <= token < size), None)
+    if wrong is not None:
+        raise ValueError(f"{name} has the token {wrong}; the model has 0 to {size - 1}")
+
+
+def encode_all(tokenizer: Any, prompts: Any, size: int) -> list[list[int]]:
+    """Token ids of every prompt of a list, for a model of `size` tokens."""
     one = isinstance(prompts, str | dict) or _is_chat(prompts) or _is_numbers(prompts)
     if one or not isinstance(prompts, Sequence | np.ndarray):
         raise ValueError(f"prompts must be a list of prompts, got {type(prompts).__name__}; for one prompt, [prompt]")
-    return [encode(tokenizer, prompt, f"prompt {index}") for index, prompt in enumerate(prompts)]
+    return [encode(tokenizer, prompt, f"prompt {index}", size) for index, prompt in enumerate(prompts)]
 
 
 def _is_chat(prompt: Any) -> bool:

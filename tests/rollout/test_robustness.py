@@ -31,7 +31,7 @@ def test_beginning_of_sequence(make_engine, tokenizer, monkeypatch):
         ("text", r"prompts must be a list of prompts, got str; for one prompt, \[prompt\]"),
         ([1, 2], "prompts must be a list of prompts, got list"),
         ([{"role": "user", "content": "hi"}], "prompts must be a list of prompts, got list"),
-        ([[1], [1, 999]], "prompt 1 has the token 999; the tokenizer has 0 to 257"),
+        ([[1], [1, 999]], "prompt 1 has the token 999; the model has 0 to 257"),
         ([[1], ["a"]], "prompt 1 must be a text, a list of token ids or a list of messages"),
         ([[1], None], "prompt 1 must be a text"),
         ([[1], [5] * 257], "prompt 1 has 257 tokens, more than the 256 of the context"),
@@ -42,6 +42,23 @@ def test_prompts_that_cannot_be_used(prompts, problem, engine):
     with pytest.raises(ValueError, match=problem):
         engine.generate(prompts, SHORT)
     assert engine.finished == {}
+
+
+def test_tokens_that_the_model_lacks(make_engine):
+    """The model's embedding decides, whether it has fewer rows than the tokenizer has tokens or more."""
+    small, padded = (tiny("llama", vocab_size=size, bos_token_id=None, eos_token_id=1) for size in (97, 400))
+    prepare(small)
+    prepare(padded)
+    engine = make_engine(small)
+    for prompt in ([250], "\n", [{"role": "user", "content": "\n"}]):
+        with pytest.raises(ValueError, match=r"prompt 1 has the token \d+; the model has 0 to 96"):
+            engine.generate([[5], prompt], SHORT)
+    branch = engine.open([5])
+    with pytest.raises(ValueError, match=r"what is appended has the token \d+; the model has 0 to 96"):
+        engine.append(branch, "\n")
+    engine.close(branch)
+    [[completion]] = make_engine(padded).generate([[5, 399]], SHORT)
+    assert len(completion.token_ids) == 6
 
 
 def test_kinds_of_prompts(engine, tokenizer):
