@@ -145,17 +145,18 @@ def _facts(config: Any) -> dict[str, Any]:
     return facts if isinstance(facts, dict) else facts.to_dict()
 
 
-def unpack(tensors: dict[str, Tensor]) -> dict[str, NF4Weight]:
+def unpack(tensors: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, NF4Weight]:
     """Take the NF4 matrices, by the names of their parameters, out of a checkpoint's tensors.
 
-    Memory of their full shape, which nobody writes to, stays in their place.
+    Memory of their full shape stays in their place. It costs nothing as long as nobody writes to it: `dtype` is the one
+    that the model is loaded in, so that nothing is converted; None stands for the dtype of each matrix.
     """
     names = [key.removesuffix(_STATE) for key in tensors if key.endswith(_STATE)]
     matrices = {name: NF4Weight.from_state_dict(tensors, name) for name in names}
     for key in [key for key in tensors if key.partition(".weight.")[0] + ".weight" in matrices]:
         del tensors[key]
     for name, matrix in matrices.items():
-        tensors[name] = torch.empty(matrix.shape, dtype=matrix.dtype)
+        tensors[name] = torch.empty(matrix.shape, dtype=dtype or matrix.dtype)
     return matrices
 
 

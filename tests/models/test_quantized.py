@@ -26,7 +26,7 @@ from posttrain.models import (
     restore,
     token_logprobs,
 )
-from posttrain.models.quantized import NF4Linear, quantize
+from posttrain.models.quantized import NF4Linear, quantize, unpack
 
 BATCH = batch_of(LENGTHS)
 nested = pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
@@ -171,6 +171,22 @@ def test_dequantising_gives_the_dtype_of_the_model(tmp_path):
     dequantize(model)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     torch.testing.assert_close(token_logprobs(model.merge_and_unload(), BATCH).logprob, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, "auto"], ids=str)
+def test_loading_writes_no_weights_in_full(dtype, tmp_path, monkeypatch):
+    """What stands for the matrices is in the dtype that is loaded, and so isn't converted, which would fill it."""
+    folder = saved(in_4_bits(dtype=torch.bfloat16), tmp_path / "model")
+    before = {}
+
+    def without_matrices(tensors, dtype):
+        names = list(unpack(tensors, dtype))
+        before.update({name: tensors[name] for name in names})
+        return {}
+
+    monkeypatch.setattr("posttrain.models.quantized.unpack", without_matrices)
+    after = load(folder, dtype=dtype)[0].state_dict()
+    assert len(before) == 14 and all(after[name].data_ptr() == tensor.data_ptr() for name, tensor in before.items())
 
 
 @nested
