@@ -386,8 +386,8 @@ def test_dropout_is_of_the_adapter_only_and_keeps_the_mean():
     layer.train()
     torch.manual_seed(0)
     draws = torch.stack([layer(x) for _ in range(400)]).detach()
-    error = draws.std(0) / 20
-    assert ((draws.mean(0) - whole).abs() <= 5 * error).all()
+    errors = ((draws - whole) * (whole - base)).mean((1, 2))  # along what the adapter adds
+    assert errors.mean().abs() <= 3 * errors.std() / 20
     with torch.no_grad():
         layer.lora_B["default"].weight.zero_()
     assert torch.equal(layer(x), base)
