@@ -107,13 +107,19 @@ def _check_type(op: str, weight: NF4Weight) -> None:
 
 def slabs(weight: Parts, dtype: torch.dtype, backend: str) -> Iterator[tuple[slice, Tensor]]:
     """Runs of the rows of `weight`, dequantised one after the other into the same memory."""
-    rows = max(1, _SLAB[backend] // max(weight.width, 1))
-    buffer = weight.packed.new_empty(min(rows, weight.height), weight.width, dtype=dtype)
-    for start in range(0, weight.height, rows):
-        run = slice(start, min(start + rows, weight.height))
+    buffer = None
+    for run in _runs(weight, backend):
+        if buffer is None:
+            buffer = weight.packed.new_empty(run.stop, weight.width, dtype=dtype)
         slab = buffer[: run.stop - run.start]
         dequantize_rows(weight, run, slab, backend)
         yield run, slab
+
+
+def _runs(weight: Parts, backend: str) -> Iterator[slice]:
+    rows = max(1, _SLAB[backend] // max(weight.width, 1))
+    for start in range(0, weight.height, rows):
+        yield slice(start, min(start + rows, weight.height))
 
 
 def dequantize_rows(weight: Parts, rows: slice, out: Tensor, backend: str) -> None:
@@ -168,11 +174,8 @@ def _dequantize(*arguments) -> Tensor:
     *parts, dtype, backend = arguments
     weight = contiguous(Parts(*parts))
     out = weight.packed.new_empty(weight.height, weight.width, dtype=dtype)
-    if backend == "triton" or out.dtype in (torch.float32, torch.float64):
-        dequantize_rows(weight, slice(0, weight.height), out, backend)
-    else:
-        for rows, slab in slabs(weight, torch.float32, backend):
-            out[rows] = slab
+    for rows in _runs(weight, backend):  # half precision passes through float32
+        dequantize_rows(weight, rows, out[rows], backend)
     return out
 
 
