@@ -1,19 +1,23 @@
 """Code: 1 if the program in a completion passes its tests, else 0. It runs in a process of its own (confine.py).
 
-Limits are the processor's time, wall-clock time, memory, written files and open files; there is no network and no
-second process. They hold back accidents and the usual cheating, not an attacker: what the user's files allow, the
-program may do. Hence the explicit `allow_execution`.
+Limits are the processor's time, wall-clock time, memory, the size of each written file and open files; there is no
+network and no second process. They hold back accidents and the usual cheating, not an attacker: what the user's files
+allow, the program may do, and its tests run in its own process, so a program made to fool them can. Hence the explicit
+`allow_execution`.
 """
 
+import contextlib
 import json
 import os
 import re
 import secrets
+import select
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -71,10 +75,9 @@ class CodeTests:
     def _run(self, program: str, tests: str) -> tuple[bool, str]:
         """(whether program and tests came to their end, the last line of what went wrong)."""
         token = secrets.token_hex(16)  # an early exit doesn't know it
-        work = json.dumps({"token": token, "program": program, "tests": tests}).encode()
         reader, writer = os.pipe()
         limits = [str(writer), str(self._seconds), str(self._memory)]
-        with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as complaint:
+        with _folder() as folder, tempfile.TemporaryFile() as complaint:
             process = subprocess.Popen(
                 [sys.executable, "-I", str(Path(__file__).with_name("confine.py")), *limits],
                 stdin=subprocess.PIPE,
@@ -87,7 +90,7 @@ class CodeTests:
             )
             os.close(writer)
             try:
-                process.communicate(work, timeout=self._seconds + 1)
+                self._talk(process, reader, program, [tests, token])
             except (subprocess.TimeoutExpired, BrokenPipeError):
                 pass
             finally:
@@ -101,11 +104,37 @@ class CodeTests:
         os.close(reader)
         return ended, lines[-1] if lines else ""
 
+    def _talk(self, process: subprocess.Popen[bytes], reader: int, program: str, rest: list[str]) -> None:
+        """Hand over the program and, when it has ended, the rest."""
+        deadline = time.monotonic() + self._seconds + 1
+        assert process.stdin is not None
+        with process.stdin as sink:
+            sink.write(json.dumps(program).encode() + b"\n")
+            sink.flush()
+            poll = select.poll()
+            poll.register(reader, select.POLLIN)
+            if poll.poll(1000 * (self._seconds + 1)) and os.read(reader, 1):
+                sink.write(json.dumps(rest).encode() + b"\n")
+        process.wait(max(0.0, deadline - time.monotonic()))
+
 
 def program_of(text: str) -> str:
     """The last fenced block of Python in `text`, or all of it."""
     blocks = _FENCED.findall(text)
     return blocks[-1] if blocks else text
+
+
+@contextlib.contextmanager
+def _folder() -> Iterator[str]:
+    """A temporary folder; it goes however many folders lie in one another, which Python's removal can't do."""
+    folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+    try:
+        yield folder.name
+    finally:
+        with contextlib.suppress(RecursionError):
+            folder.cleanup()
+        if os.path.exists(folder.name):
+            subprocess.run(["rm", "-rf", "--", folder.name], stderr=subprocess.DEVNULL, check=False)
 
 
 def _read(descriptor: int) -> bytes:

@@ -5,8 +5,8 @@
 gets the prompts as the data has them, the completions as texts (or, for chats, as lists of messages), their tokens, and
 every other column of the data by name, one value for each completion; besides `trainer_state` (with global_step and
 max_steps), `log_extra(column, values)`, which adds a column to the completions that are written, and
-`log_metric(name, value)`. None means that it does not apply. An `async def` is awaited; several run at once. A column of
-the data with the name of one of these arguments is an error.
+`log_metric(name, value)`. None means that it does not apply. An `async def` is awaited; several run at once. A column
+of the data with the name of one of these arguments is an error.
 """
 
 import asyncio

@@ -1,6 +1,8 @@
 """Programs run confined: what passes, what is stopped, and that cheating doesn't pay."""
 
+import os
 import sys
+import tempfile
 import time
 
 import pytest
@@ -41,11 +43,52 @@ def test_right_wrong_and_without_tests(reward):
         "import subprocess; subprocess.run(['true'])",
         "import os; os.kill(os.getppid(), 0)",
         "open('a', 'w').write('x' * 2**22)",
-        "import os; os.sched_getaffinity; import ctypes; assert ctypes.CDLL(None).prctl(22, 0, 0) == 0",
+        "import fcntl, os; fcntl.fcntl(0, fcntl.F_SETOWN, os.getppid())",
+        "import fcntl; fcntl.fcntl(0, 10, 10)",  # F_SETSIG
+        "import fcntl, os, struct; fcntl.fcntl(0, 15, struct.pack('ii', 1, os.getppid()))",  # F_SETOWN_EX
+        "import ctypes; assert ctypes.CDLL(None).shmget(0, 4096, 0o1600) >= 0",
+        "import ctypes; assert ctypes.CDLL(None).msgget(0, 0o1600) >= 0",
+        "import ctypes; assert ctypes.CDLL(None).semget(0, 1, 0o1600) >= 0",
     ],
 )
 def test_stopped(reward, before):
     assert score(reward, f"{before}\n{RIGHT}") == 0.0
+
+
+def test_the_filter_answers_system_calls(reward):
+    """With its own error, not with the one that a bad argument has without it."""
+    owner = "import ctypes\nc = ctypes.CDLL(None, use_errno=True)\nc.{}\nassert ctypes.get_errno() == 1\n"
+    for call in ("ioctl(-1, 0x8901, 0)", "ioctl(-1, 0x8902, 0)", "fcntl(-1, 8, 0)", "shmat(-1, None, 0)"):
+        assert score(reward, owner.format(call), "pass") == 1.0, call
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root has capabilities to lose")
+def test_root_is_not_above_the_limits(reward):
+    assert score(reward, "import os\nopen(f'/proc/{os.getppid()}/environ').read()", "pass") == 0.0
+    assert score(reward, "import os\nopen(f'/proc/{os.getppid()}/mem', 'rb')", "pass") == 0.0
+    assert score(reward, "import resource as r\nr.setrlimit(r.RLIMIT_AS, (-1, -1))", "pass") == 0.0
+
+
+def test_tests_and_token_come_after_the_program(reward):
+    walk = """
+import sys
+frame = sys._getframe()
+while frame := frame.f_back:
+    assert "here they" + " are" not in repr(frame.f_locals), frame
+"""
+    assert score(reward, walk, "'here they are'") == 1.0
+    cheat = "import sys\nsys._getframe(1).f_locals['work']['tests'] = 'pass'"
+    assert score(reward, cheat, "assert False") == 0.0
+
+
+def test_input_is_empty(reward):
+    assert score(reward, "import sys\nassert sys.stdin.read() == ''\n" + RIGHT) == 1.0
+
+
+def test_folders_in_folders_are_removed(reward, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert score(reward, "import os\nfor _ in range(1500): os.mkdir('d'); os.chdir('d')", "pass") == 1.0
+    assert not list(tmp_path.iterdir())
 
 
 def test_time_is_limited(reward):
