@@ -3,6 +3,7 @@
 import copy
 import filecmp
 import inspect
+import pickle
 
 import pytest
 import torch
@@ -146,6 +147,15 @@ def test_a_copy_is_prepared_too():
     with torch.no_grad():
         clone.model.norm.weight.mul_(2)
     torch.testing.assert_close(hidden_states(clone, batch), 2 * hidden_states(model, batch))
+
+
+def test_restored_it_can_be_pickled():
+    model = tiny("llama")
+    prepare(model)
+    with pytest.raises(pickle.PicklingError):
+        pickle.dumps(model)
+    restore(model)
+    assert torch.equal(pickle.loads(pickle.dumps(model)).lm_head.weight, model.lm_head.weight)
 
 
 @families
