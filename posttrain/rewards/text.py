@@ -7,8 +7,14 @@ Completion = str | Sequence[Mapping[str, Any]]
 
 
 def text_of(completion: Completion) -> str:
-    """A text as it is; of a list of chat messages the last one's content."""
-    return completion if isinstance(completion, str) else completion[-1]["content"]
+    """A text as it is; of a list of chat messages the content of the assistant's last one, "" if there is none.
+
+    Where an environment answered and no room was left for another turn, its message is the last.
+    """
+    if isinstance(completion, str):
+        return completion
+    said = (message["content"] for message in reversed(completion) if message.get("role", "assistant") == "assistant")
+    return next(said, "") or ""
 
 
 def check_column(name: str, column: Sequence[Any], completions: Sequence[Any], reward: str) -> None:

@@ -38,3 +38,8 @@ def test_one_answer_for_each_completion():
     assert exact_match(["?", "?"], [WORKED, "no"], answer=[132, 132]) == [1.0, 0.0]
     with pytest.raises(ValueError, match="2 completions, but 1 answers"):
         exact_match(["?", "?"], [WORKED, "no"], answer=[132])
+
+
+def test_the_assistants_last_message_counts():
+    said = [{"role": "assistant", "content": "Answer: 7"}, {"role": "tool", "content": "Answer: 8"}]
+    assert exact_match(["?"] * 2, [said, said[1:]], answer=[7, 8]) == [1.0, 0.0]
