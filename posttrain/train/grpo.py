@@ -85,7 +85,6 @@ class GRPOTrainer(Trainer):
             raise ConfigError(str(error)) from error
         self._environment = environment
         self._sampler: Sampler | None = None
-        self._step = 0
         super().__init__(model, args, train_dataset, eval_dataset, processing_class, peft_config)
 
     def _load_model(self, model: Any, tokenizer: Any, peft_config: Any) -> tuple[Any, Any]:
@@ -154,8 +153,6 @@ class GRPOTrainer(Trainer):
         args = self.args
         assert self._sampler is not None
         count = args.num_generations if number is not None else args.num_generations_eval or args.num_generations
-        if number is not None:
-            self._step = number * args.steps_of_generation * args.num_iterations
         samples = self._sampler(prompts, count, f"{args.seed} {'eval' if number is None else number}")
         scores = self._score(samples)
         advantages = group_advantages(
@@ -182,7 +179,7 @@ class GRPOTrainer(Trainer):
                 [sample.content for sample in samples],
                 [sample.token_ids for sample in samples],
                 {name: [sample.prompt.columns.get(name) for sample in samples] for name in names},
-                TrainerState(self._step, self._loop.num_steps),
+                TrainerState(self._loop.global_step, self._loop.num_steps),
             )
         except RewardError as error:
             raise ConfigError(str(error)) from error
@@ -272,8 +269,9 @@ class GRPOTrainer(Trainer):
         return {name: value for name, value in metrics.items() if not math.isnan(value)}
 
     def _write(self, samples: Sequence[Sample], scores: Scores, advantages: Advantages, evaluation: bool) -> None:
+        step = self._loop.global_step
         table: dict[str, list[Any]] = {
-            "step": [self._step] * len(samples),
+            "step": [step] * len(samples),
             "prompt": [sample.prompt.given for sample in samples],
             "completion": [sample.content for sample in samples],
             **{
@@ -283,7 +281,7 @@ class GRPOTrainer(Trainer):
             **scores.columns,
             "advantage": advantages.advantage.tolist(),
         }
-        name = f"{'eval' if evaluation else 'completions'}_{self._step:05d}.parquet"
+        name = f"{'eval' if evaluation else 'completions'}_{step:05d}.parquet"
         completions.write(Path(self.args.output_dir) / "completions" / name, table)
 
 

@@ -72,6 +72,7 @@ class Loop:
         self.output_dir = Path(config.output_dir)
         self.device = next(model.parameters()).device
         self.history: list[dict[str, Any]] = []
+        self.global_step = 0  # steps made, those before a resume among them
         epochs = config.num_train_epochs
         self.num_steps = config.max_steps if config.max_steps > 0 else math.ceil(epochs * source.steps_per_epoch)
         self._num_warmup = num_warmup_steps(config.warmup_steps, self.num_steps)
@@ -91,7 +92,7 @@ class Loop:
         if self.config.gradient_checkpointing:
             _recompute_activations(self.model)
         set_seed(self.config.seed)
-        first = self._resume(folder) if folder else 0
+        first = self.global_step = self._resume(folder) if folder else 0
         if first >= self.num_steps:
             raise ConfigError(f"nothing to do: {folder} is at step {first} of {self.num_steps}")
         self.output_dir.mkdir(parents=True, exist_ok=True)
@@ -112,6 +113,7 @@ class Loop:
                         f"step {step}: the gradient's norm is {norm}, so the run stops without saving this step; "
                         "lower learning_rate, or look at the data"
                     )
+                self.global_step = step
                 progress.advance(step)
                 self._after_step(step, norm, log, progress)
                 stop, last = interrupt.asked, step == self.num_steps

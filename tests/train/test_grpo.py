@@ -172,6 +172,14 @@ def test_evaluation_is_of_new_completions_and_always_the_same(model_dir, tmp_pat
     assert (tmp_path / "completions" / "eval_00000.parquet").exists()
 
 
+def test_each_evaluation_has_a_step_and_a_file_of_its_own(model_dir, tmp_path):
+    run = fixed.trainer(model_dir, tmp_path, max_steps=2, eval_steps=1, num_iterations=4)
+    run._loop.eval_source = run._loop.source
+    run.train()
+    names = sorted(path.name for path in (tmp_path / "completions").iterdir())
+    assert names == ["completions_00000.parquet", "eval_00001.parquet", "eval_00002.parquet"]
+
+
 def test_adapter_and_reference_with_it_off(model_dir, tmp_path):
     run = fixed.trainer(model_dir, tmp_path, lora_r=4, beta=0.1, max_steps=3)
     before = {name: p.clone() for name, p in run.model.named_parameters()}
