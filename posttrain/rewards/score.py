@@ -15,6 +15,7 @@ import math
 import os
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -26,6 +27,7 @@ from torch import Tensor
 RewardFunction = Callable[..., Any]
 
 _ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+_WRITTEN = ("step", "prompt", "completion", "advantage")  # columns of the completions on disk
 
 
 class RewardError(ValueError):
@@ -72,6 +74,7 @@ class RewardFunctions:
         self._functions = [resolve(function) for function in several]
         self.names = _distinct([getattr(f, "__name__", type(f).__name__) for f in self._functions])
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._warned = False
 
     def __len__(self) -> int:
         return len(self._functions)
@@ -98,6 +101,11 @@ class RewardFunctions:
         rewards = torch.empty(len(completions), len(self), dtype=torch.float64)
         for index, name in enumerate(self.names):
             rewards[:, index] = batch.checked(name, self._functions[index], results[index])
+        if rewards.isnan().all() and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"no reward function applies to any of {len(rewards)} completions: all are None", stacklevel=2
+            )
         metrics = {name: sum(values) / len(values) for name, values in batch.metrics.items()}
         return Scores(rewards, batch.columns_logged(), metrics)
 
@@ -192,24 +200,34 @@ class _Batch:
         return {**given, "trainer_state": self._state, **log}
 
     def _log_extra(self, column: str, values: Iterable[Any]) -> None:
+        if column in _WRITTEN:
+            raise RewardError(f"log_extra({column!r}): the completions that are written have a column of that name")
         self._extra.setdefault(column, []).extend(values)
 
     def _log_metric(self, name: str, value: float) -> None:
-        self.metrics.setdefault(name, []).append(float(value))
+        if not math.isfinite(number := float(value)):
+            raise RewardError(f"log_metric({name!r}): {value!r} is not a finite number")
+        self.metrics.setdefault(name, []).append(number)
 
     def _culprit(self, function: RewardFunction, error: Exception) -> int | None:
         """The first completion for which alone `function` fails in the same way."""
         trace = error.__traceback__
         never_entered = trace is None or trace.tb_next is None  # it doesn't take these arguments
-        if never_entered or _is_async(function):
+        if never_entered:
             return None
         for index in range(self._size):
             try:
-                function(**self._arguments(index))
+                self._alone(function, index)
             except Exception as again:
                 if type(again) is type(error):
                     return index
         return None
+
+    def _alone(self, function: RewardFunction, index: int) -> None:
+        """Call `function` for one completion."""
+        result = function(**self._arguments(index))
+        if inspect.iscoroutine(result):
+            asyncio.run(result)
 
     def _sample(self, index: int | None) -> str:
         """A completion and its prompt in words."""
@@ -232,11 +250,13 @@ def resolve(function: Any) -> RewardFunction:
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # where the user's own module is likely to be
     try:
-        found = getattr(import_module(module if colon else "posttrain.rewards"), name)
+        found = getattr(import_module(module if colon else "posttrain.rewards"), name, None)
     except (ImportError, ValueError) as error:
         raise RewardError(f"reward function {function}: {error}") from error
-    except AttributeError:
-        raise RewardError(f"reward function {function}: {module or 'posttrain.rewards'} has no {name!r}") from None
+    except Exception as error:  # of any kind: it is the user's module
+        raise RewardError(f"reward function {function}: its module raised {type(error).__name__}: {error}") from error
+    if found is None:
+        raise RewardError(f"reward function {function}: {module or 'posttrain.rewards'} has no {name!r}")
     if not callable(found):
         raise RewardError(f"reward function {function} can't be called: it is a {type(found).__name__}")
     return found

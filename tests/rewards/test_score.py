@@ -4,6 +4,7 @@ import asyncio
 import math
 import sys
 import time
+import warnings
 
 import pytest
 
@@ -92,8 +93,14 @@ def test_failures_of_async_functions():
     async def bad(completions, **columns):
         raise KeyError("answer")
 
-    with pytest.raises(RewardError, match="bad raised KeyError: 'answer'"):
+    with pytest.raises(RewardError, match="bad raised KeyError: 'answer', at completion 0: 'Answer: 1'"):
         scored(bad)
+
+    async def bad_second(completions, **columns):
+        return [1 / (completion != "Answer: 2") for completion in completions]
+
+    with pytest.raises(RewardError, match="division by zero, at completion 1: 'Answer: 2' of the prompt 'q'"):
+        scored(bad_second)
 
 
 def test_a_function_that_takes_other_arguments():
@@ -116,6 +123,43 @@ def test_log_extra_needs_a_value_for_each():
 
     with pytest.raises(RewardError, match=r"log_extra\('x'\): 1 values for 2 completions"):
         scored(reward)
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_log_metric_needs_a_finite_number(value):
+    def reward(completions, log_metric, **columns):
+        log_metric("seen", value)
+        return [0.0, 0.0]
+
+    with pytest.raises(RewardError, match=rf"log_metric\('seen'\): {value} is not a finite number"):
+        scored(reward)
+
+
+@pytest.mark.parametrize("column", ["step", "prompt", "completion", "advantage"])
+def test_log_extra_does_not_replace_a_column(column):
+    def reward(completions, log_extra, **columns):
+        log_extra(column, completions)
+        return [0.0, 0.0]
+
+    with pytest.raises(RewardError, match=rf"log_extra\('{column}'\): the completions that are written have"):
+        scored(reward)
+
+
+def test_no_reward_at_all_is_said_once():
+    functions = RewardFunctions(exact_match)
+    with pytest.warns(UserWarning, match="no reward function applies to any of 2 completions"):
+        functions(PROMPTS, COMPLETIONS, IDS, {"answer": [None, None]})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        functions(PROMPTS, COMPLETIONS, IDS, {"answer": [None, None]})
+
+
+@pytest.mark.parametrize(("text", "message"), [("1 / 0", "ZeroDivisionError: division"), ("def", "SyntaxError: ")])
+def test_a_module_that_fails(text, message, tmp_path, monkeypatch):
+    (tmp_path / "rewards_that_fail.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(RewardError, match=f"rewards_that_fail:f: its module raised {message}"):
+        RewardFunctions("rewards_that_fail:f")
 
 
 @pytest.mark.parametrize(
