@@ -20,6 +20,7 @@ but where rounding decides between two.
 """
 
 from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,7 +45,8 @@ def sample(
 
     Args:
         logits: `[S, V]`, floating, before the temperature.
-        temperature: a number or `[S]`; 0 takes the largest logit (the first of equal ones), whatever the filters say.
+        temperature: a number or `[S]`; 0 takes the largest logit (the first of equal ones), whatever the filters say;
+            others are at least 1e-6, far from where 1 / temperature overflows in float32.
         top_k: a number or `[S]`, integer; 0 for all.
         top_p: a number or `[S]`, above 0; 1 for all.
         min_p: a number or `[S]`; 0 for all.
@@ -88,10 +90,12 @@ def _check(logits: Tensor, seeds: Tensor, offsets: Tensor) -> None:
             )
 
 
+LEAST_TEMPERATURE = 1e-6  # besides 0
+
 # What each parameter may be: in words, its lower bound and whether that belongs to it, its upper bound.
 _RANGES = {
-    "temperature": ("a finite number of at least 0", 0.0, True, torch.finfo(torch.float32).max),
-    "top_k": ("an integer of at least 0", 0.0, True, 2.0**63),
+    "temperature": (f"0, or finite and at least {LEAST_TEMPERATURE}", 0.0, True, torch.finfo(torch.float32).max),
+    "top_k": ("an integer of at least 0, below 2^63", 0, True, 2**63 - 1),
     "top_p": ("above 0 and at most 1", 0.0, False, 1.0),
     "min_p": ("0 to 1", 0.0, True, 1.0),
 }
@@ -99,7 +103,7 @@ _RANGES = {
 
 def _per_row(name: str, value: float | Tensor, rows: int, device: torch.device) -> Tensor:
     """`value` for each row, `[S]`: float32, top_k int64."""
-    words, low, with_low, high = _RANGES[name]
+    words = _RANGES[name][0]
     whole = name == "top_k"
     if isinstance(value, Tensor):
         if value.shape != (rows,) or value.device != device or whole == value.is_floating_point():
@@ -107,13 +111,20 @@ def _per_row(name: str, value: float | Tensor, rows: int, device: torch.device) 
                 f"sample: {name} must be a number or [{rows}] on {device}, {words}; "
                 f"got {value.dtype} {list(value.shape)} on {value.device}"
             )
-        if value.is_cpu and not ((value >= low if with_low else value > low) & (value <= high)).all():
+        if value.is_cpu and not _in_range(name, value).all():
             raise ValueError(f"sample: {name} must be {words}, got {value.tolist()}")
         return value.to(torch.int64 if whole else torch.float32)
     fits = isinstance(value, int) if whole else isinstance(value, Real)
-    if not fits or isinstance(value, bool) or not (low <= value if with_low else low < value) or value > high:
+    if not fits or isinstance(value, bool) or not _in_range(name, value):
         raise ValueError(f"sample: {name} must be {words}, got {value!r}")
     return torch.full((rows,), value, dtype=torch.int64 if whole else torch.float32, device=device)
+
+
+def _in_range(name: str, value: Any) -> Any:
+    """Whether a number, or each of a tensor's, may be what `name` says."""
+    _, low, with_low, high = _RANGES[name]
+    fits = (value >= low if with_low else value > low) & (value <= high)
+    return fits & ((value == 0) | (value >= LEAST_TEMPERATURE)) if name == "temperature" else fits
 
 
 def _forward(

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral
 
+from posttrain.ops.sample import LEAST_TEMPERATURE
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -12,14 +14,14 @@ class SamplingParams:
 
     Attributes:
         n: completions of each prompt.
-        temperature: divides the logits; 0 takes the most likely token.
+        temperature: divides the logits; 0 takes the most likely token. Others are at least 1e-6.
         top_k: only the k most likely tokens; 0 for all.
         top_p: only the most likely tokens that together have this probability.
         min_p: only tokens at least this share as likely as the most likely one.
         max_tokens: most tokens of a completion.
         stop: texts at which a completion ends; they are not part of its text.
-        seed: the same seed gives a prompt the same completions, whatever else is generated; None draws one from
-            PyTorch's generator.
+        seed: -2^63 to 2^63 - 1; the same seed gives a prompt the same completions, whatever else is generated; None
+            draws one from PyTorch's generator.
         ignore_eos: go on after an end-of-sequence token.
         logprobs: how many of the likeliest tokens to report at each place, besides the one drawn.
     """
@@ -39,18 +41,21 @@ class SamplingParams:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         for name in ("n", "top_k", "max_tokens", "logprobs"):
             value = getattr(self, name)
-            if not isinstance(value, Integral) or value < 0:
-                raise ValueError(f"{name} must be an integer of at least 0, got {value!r}")
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise ValueError(f"temperature must be finite and at least 0, got {self.temperature}")
+            if not isinstance(value, Integral) or not 0 <= int(value) < 2**63:
+                raise ValueError(f"{name} must be an integer of at least 0, below 2^63, got {value!r}")
+        large_enough = self.temperature == 0 or self.temperature >= LEAST_TEMPERATURE
+        if not (large_enough and math.isfinite(self.temperature)):
+            raise ValueError(
+                f"temperature must be 0, or finite and at least {LEAST_TEMPERATURE}, got {self.temperature}"
+            )
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
         if not 0 <= self.min_p <= 1:
             raise ValueError(f"min_p must be in [0, 1], got {self.min_p}")
         if any(not isinstance(text, str) or not text for text in self.stop):
             raise ValueError(f"stop must be texts that aren't empty, got {self.stop!r}")
-        if self.seed is not None and not isinstance(self.seed, Integral):
-            raise ValueError(f"seed must be an integer or None, got {self.seed!r}")
+        if self.seed is not None and not (isinstance(self.seed, Integral) and -(2**63) <= int(self.seed) < 2**63):
+            raise ValueError(f"seed must be an integer from -2^63 to 2^63 - 1 or None, got {self.seed!r}")
 
 
 @dataclass(frozen=True)

@@ -74,14 +74,17 @@ def test_kinds_of_prompts(engine, tokenizer):
 @pytest.mark.parametrize(
     ("values", "problem"),
     [
-        ({"n": -1}, "n must be an integer of at least 0, got -1"),
+        ({"n": -1}, r"n must be an integer of at least 0, below 2\^63, got -1"),
         ({"max_tokens": 2.5}, "max_tokens must be an integer"),
-        ({"temperature": -0.1}, "temperature must be finite and at least 0"),
-        ({"temperature": float("nan")}, "temperature must be finite"),
+        ({"temperature": -0.1}, "temperature must be 0, or finite and at least 1e-06, got -0.1"),
+        ({"temperature": float("nan")}, "temperature must be .* got nan"),
+        ({"temperature": 1e-39}, "temperature must be .* got 1e-39"),
+        ({"top_k": 2**63}, "top_k must be an integer .* got 9223372036854775808"),
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\]"),
         ({"min_p": 1.5}, r"min_p must be in \[0, 1\]"),
         ({"stop": [""]}, "stop must be texts that aren't empty"),
-        ({"seed": "a"}, "seed must be an integer or None"),
+        ({"seed": "a"}, "seed must be an integer from .* or None, got 'a'"),
+        ({"seed": 2**63}, r"seed must be an integer from -2\^63 to 2\^63 - 1 or None, got 9223372036854775808"),
     ],
 )
 def test_params_that_make_no_sense(values, problem):
