@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -73,7 +74,7 @@ class Loop:
         self.device = next(model.parameters()).device
         self.history: list[dict[str, Any]] = []
         self.global_step = 0  # steps made, those before a resume among them
-        epochs = config.num_train_epochs
+        epochs = Fraction(str(config.num_train_epochs))
         self.num_steps = config.max_steps if config.max_steps > 0 else math.ceil(epochs * source.steps_per_epoch)
         self._num_warmup = num_warmup_steps(config.warmup_steps, self.num_steps)
         self._optimizer = Optimizer(model, config, half_dtype(config, self.device))
@@ -177,7 +178,7 @@ class Loop:
         """Log and evaluate, as far as it is time to."""
         config, last = self.config, step == self.num_steps
         if step % config.logging_steps == 0 or last:
-            record = {"step": step, "epoch": step / self.source.steps_per_epoch, **self._window.take()}
+            record = {"step": step, "epoch": float(step / self.source.steps_per_epoch), **self._window.take()}
             record |= {"grad_norm": norm, "learning_rate": self._learning_rate(step)}
             record |= {"num_tokens": self._num_tokens, "num_packed_tokens": self._num_packed_tokens}
             record |= self._speed.take()

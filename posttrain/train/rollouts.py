@@ -6,6 +6,7 @@ prompts it takes follows from its number alone; what it drew is kept until its l
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -167,9 +168,9 @@ class RolloutSource:
         self._generation = Generation([], {})
 
     @property
-    def steps_per_epoch(self) -> float:
+    def steps_per_epoch(self) -> Fraction:
         """Optimizer steps in which every prompt is taken once."""
-        return self._num_prompts / self._prompts_per_generation * self._uses
+        return Fraction(self._num_prompts * self._uses, self._prompts_per_generation)
 
     def step(self, number: int) -> PolicyStep:
         """Optimizer step `number`, counted from 0; draws completions if it is the first one that needs them."""
@@ -222,6 +223,8 @@ class RolloutSource:
             self._packing.batches(rollouts), PolicyCounts(len(rollouts), tokens, everyone / steps)
         )
         metrics = {name: _number(value) for name, value in self._generation.metrics.items()}
+        if not batches:  # every completion is left out
+            metrics["loss"] = _number(0.0)
         num_tokens = sum(len(rollout.example) for rollout in rollouts)
         packed = sum(len(batch.packed.input_ids) for batch in batches)
         return PolicyStep(batches, tokens, num_tokens, packed, metrics, counts=counts)

@@ -7,6 +7,7 @@ resumed sees what it would have seen.
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any, Protocol
 
 import torch
@@ -41,7 +42,7 @@ class Source(Protocol):
     """Where the loop gets its steps from."""
 
     @property
-    def steps_per_epoch(self) -> float:
+    def steps_per_epoch(self) -> int | Fraction:
         """Optimizer steps of one pass over the data."""
 
     def step(self, number: int) -> Step:

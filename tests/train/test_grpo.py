@@ -249,6 +249,20 @@ def test_prompts_are_taken_in_turn(model_dir, tmp_path):
     assert taken[:6] != taken[6:12]
 
 
+def test_epochs_are_no_step_too_long(model_dir, tmp_path):
+    """29 prompts, 9 at a time for 3 steps: 3 epochs of 29/3 steps are 29, though not in floating point."""
+    args = replace(fixed.trainer(model_dir, tmp_path).args, max_steps=-1, num_train_epochs=3.0, num_generations=4)
+    args = replace(args, per_device_train_batch_size=12, steps_per_generation=3)
+    run = GRPOTrainer(str(model_dir), fixed.vowels, args, [{"prompt": f"{n}"} for n in range(29)])
+    assert run._loop.num_steps == 29
+
+
+def test_a_step_without_loss_tokens_has_a_loss_of_zero(model_dir, tmp_path):
+    run = fixed.trainer(model_dir, tmp_path, mask_truncated_completions=True, max_completion_length=1, max_steps=1)
+    torch.nn.init.zeros_(run.model.get_output_embeddings().weight)  # so that hardly any token is an end
+    assert run.train().loss == 0
+
+
 def test_a_failing_reward_saves_the_run(model_dir, tmp_path):
     calls = []
 
