@@ -103,7 +103,7 @@ class GRPOTrainer(Trainer):
             max_tokens=args.max_completion_length,
         )
         answers = None if environment is None else Environment(environment, tokenizer)
-        self._sampler = Sampler(self.model, tokenizer, params, answers)
+        self._sampler = Sampler(self.model, tokenizer, params, answers, self._context)
         return self.model, tokenizer
 
     def _source(self, rows: Rows, *, training: bool) -> RolloutSource:
@@ -127,6 +127,11 @@ class GRPOTrainer(Trainer):
         )
 
     @property
+    def _context(self) -> int | None:
+        """Most tokens that the model can read."""
+        return getattr(causal_lm(self.model).config.get_text_config(), "max_position_embeddings", None)
+
+    @property
     def _packing(self) -> Packing:
         return Packing(self.args.max_tokens_per_batch, self._shares_prefixes, self._objective.only_policy)
 
@@ -139,7 +144,7 @@ class GRPOTrainer(Trainer):
         )
         longest = max(prompts, key=lambda prompt: len(prompt.token_ids))
         length, room = len(longest.token_ids), self.args.max_completion_length
-        context = getattr(causal_lm(self.model).config.get_text_config(), "max_position_embeddings", None)
+        context = self._context
         if context is not None and length >= context:
             raise ConfigError(f"{longest.origin} has {length} tokens, and the model's context {context}")
         if length + room > self.args.max_tokens_per_batch:
@@ -223,9 +228,10 @@ class GRPOTrainer(Trainer):
             return batches, counts
         with inference(self.model):
             entropies = [self._entropy(batch) for batch in batches]
-        kept = high_entropy(torch.cat(entropies), args.top_entropy_quantile).split([len(e) for e in entropies])
-        batches = [replace(b, targets=replace(b.targets, kept=k)) for b, k in zip(batches, kept, strict=True)]
-        return batches, counts._replace(kept_tokens=sum(int(part.sum()) for part in kept))
+        kept = high_entropy(torch.cat(entropies), args.top_entropy_quantile).cpu()  # the only wait for the device
+        parts = kept.split([len(e) for e in entropies])
+        batches = [replace(b, targets=replace(b.targets, kept=part)) for b, part in zip(batches, parts, strict=True)]
+        return batches, counts._replace(kept_tokens=int(kept.sum()))
 
     def _weighted(self, batch: PolicyBatch) -> PolicyTargets:
         args, targets = self.args, batch.targets
@@ -243,7 +249,7 @@ class GRPOTrainer(Trainer):
     def _entropy(self, batch: PolicyBatch) -> Tensor:
         entropy = self._run(self.model, batch, need_entropy=True).entropy
         assert entropy is not None
-        return entropy.cpu()
+        return entropy
 
     def _loss(self, model: Any, batch: PolicyBatch, step: Step) -> Loss:
         assert isinstance(step, PolicyStep)

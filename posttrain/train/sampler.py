@@ -79,13 +79,22 @@ class Sampler:
         model, tokenizer: of the policy.
         params: how tokens are drawn; `max_tokens` bounds a completion with all its turns.
         environment: what answers completions, or None.
+        context: most tokens of a prompt with its completion, or None.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, params: SamplingParams, environment: Environment | None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        params: SamplingParams,
+        environment: Environment | None,
+        context: int | None = None,
+    ) -> None:
         self._model = model
         self._tokenizer = tokenizer
         self._params = params
         self._environment = environment
+        self._context = context
         self._engine: Engine | None = None
 
     def __call__(self, prompts: Sequence[Prompt], count: int, seed: str) -> list[Sample]:
@@ -124,7 +133,11 @@ class Sampler:
         return not sample.truncated
 
     def _room(self, sample: Sample) -> int:
-        return self._params.max_tokens - len(sample.token_ids)
+        """How many tokens may follow."""
+        room = self._params.max_tokens
+        if self._context is not None:
+            room = min(room, self._context - len(sample.prompt.token_ids))
+        return room - len(sample.token_ids)
 
     def _draw(self, prompts: list[list[int]], count: int, max_tokens: int, seed: str) -> list[list[Completion]]:
         """`count` completions of each of `prompts`; equal ones are drawn apart, since equal seeds give equal draws."""

@@ -47,8 +47,9 @@ class Script:
         return [[Completion(ids, text, [-0.5] * len(ids), reason)] * params.n for _ in prompts]
 
 
-def sampled(tokenizer, script: Script, prompt, environment, max_tokens: int = 100, count: int = 1):
-    sampler = Sampler(None, tokenizer, SamplingParams(max_tokens=max_tokens), Environment(environment, tokenizer))
+def sampled(tokenizer, script: Script, prompt, environment, max_tokens=100, count=1, context=None):
+    params = SamplingParams(max_tokens=max_tokens)
+    sampler = Sampler(None, tokenizer, params, Environment(environment, tokenizer), context)
     sampler._engine = script
     ids = tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else tokenizer("<chat>")["input_ids"]
     return sampler([Prompt(prompt, ids, {"right": 4}, "row")], count, "0 0")
@@ -117,6 +118,14 @@ def test_all_turns_have_one_budget(tokenizer, limit, content, tokens):
     assert sample.truncated and len(sample.token_ids) == tokens
     assert len(script.asked) == (2 if limit == 6 else 1)
     assert sample.content.startswith(content[:2])
+
+
+def test_a_completion_ends_where_the_context_does(tokenizer):
+    """A prompt of a token and a turn of 3; then the environment takes the 2 that are left, or leaves one."""
+    for context, tokens in ((6, 5), (7, 6)):
+        script = Script(tokenizer, "ab")
+        (sample,) = sampled(tokenizer, script, "p", lambda prompt, completion, right: "cd", context=context)
+        assert sample.truncated and len(sample.token_ids) == tokens
 
 
 def test_equal_completions_are_continued_with_different_seeds(tokenizer):
