@@ -307,5 +307,8 @@ def high_entropy(entropy: Tensor, quantile: float) -> Tensor:
         raise ValueError(f"top_entropy_quantile must be from 0 to 1, got {quantile:g}")
     if not len(entropy):
         return torch.empty(0, dtype=torch.bool, device=entropy.device)
-    threshold = torch.quantile(entropy.float(), 1 - quantile)
-    return entropy >= threshold
+    ascending = entropy.float().sort().values  # as torch.quantile, which takes no more than 2^24 values
+    rank = (1 - quantile) * (len(ascending) - 1)
+    below = int(rank)
+    above = min(below + 1, len(ascending) - 1)
+    return entropy >= torch.lerp(ascending[below], ascending[above], rank - below)

@@ -218,6 +218,18 @@ def test_high_entropy_keeps_the_top_share():
     assert high_entropy(entropy[:0], 0.2).shape == (0,)
 
 
+@pytest.mark.parametrize("quantile", [0.0, 0.13, 0.2, 0.5, 0.7, 0.8, 1.0])
+def test_high_entropy_is_beyond_the_quantile(quantile):
+    entropy = torch.rand(211, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(high_entropy(entropy, quantile), entropy >= torch.quantile(entropy, 1 - quantile))
+
+
+def test_high_entropy_has_no_limit_of_tokens():
+    entropy = torch.zeros(2**24 + 2)
+    entropy[-1] = 1
+    assert high_entropy(entropy, 0.0).sum() == 1
+
+
 def test_metrics_carry_no_gradient():
     logprob = random(0, requires_grad=True)
     known = targets([1.0, 1.0, 1.0], ref_logprob=random(1), sampling_logprob=random(2))
