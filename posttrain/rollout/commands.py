@@ -46,10 +46,12 @@ def _generate(options: argparse.Namespace) -> int:
     params = _params(options)
     from posttrain.data.load import load_rows
     from posttrain.data.rows import DataError
-    from posttrain.rollout.results import Results
+    from posttrain.rollout.results import Results, check_row
 
     try:
         rows = load_rows(options.prompts)
+        for index, row in enumerate(rows):
+            check_row(row, rows.where(index))
         prompts = [_prompt(row, rows.where(index)) for index, row in enumerate(rows)]
         results = Results(Path(options.out), prompts, params.n)
     except DataError as error:

@@ -11,7 +11,24 @@ from types import TracebackType
 from typing import Any, Self
 
 from posttrain.data.rows import DataError
+from posttrain.data.values import first_line
 from posttrain.rollout.params import Completion
+
+
+_OWN = ("index", "completions")  # names of a line that no column of a row may have
+
+
+def check_row(row: Any, where: str) -> None:
+    """Raises `DataError` for a row that a line can't hold, with `where` it came from: it has a column of a name that
+    the line needs, or a value that JSON doesn't know."""
+    taken = next((name for name in _OWN if name in row), None)
+    if taken is not None:
+        raise DataError(f"{where}: column {taken!r} has the name of something in the results; rename it")
+    for name, value in row.items():
+        try:
+            _line({name: value})
+        except (TypeError, ValueError, RecursionError) as error:
+            raise DataError(f"{where}: column {name!r} can't be written as JSON: {first_line(error)}") from error
 
 
 class Results:
@@ -59,7 +76,7 @@ class Results:
         row = {
             "index": index,
             "prompt": prompt,
-            **{name: value for name, value in columns.items() if name not in ("index", "prompt", "completions")},
+            **{name: value for name, value in columns.items() if name != "prompt"},
             "completions": [
                 {
                     "text": completion.text,
@@ -70,7 +87,7 @@ class Results:
                 for completion in completions
             ],
         }
-        self._file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+        self._file.write(_line(row))
         self._file.flush()
         os.fsync(self._file.fileno())
         self.done.add(index)
@@ -80,3 +97,7 @@ class Results:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._file.close()
+
+
+def _line(row: dict[str, Any]) -> bytes:
+    return json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n"
