@@ -1,13 +1,14 @@
 """Prompts for on-policy methods: the column `prompt`, a text or a chat, and the other columns for the rewards."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from posttrain.data.encoder import parse_tools
+from posttrain.data.formats import Format, problem
 from posttrain.data.load import load_rows
 from posttrain.data.rows import BadRows, DataError
-from posttrain.data.values import first_line, is_unicode, kind
+from posttrain.data.values import first_line
 
 _OWN = ("prompt", "completion", "completion_ids")  # names that reward functions get from the trainer
 
@@ -57,20 +58,13 @@ def tokenize_prompts(rows: Any, tokenizer: Any, *, skip_bad_rows: bool = False) 
 
 
 def _token_ids(row: Any, tokenizer: Any) -> list[int]:
-    if not isinstance(row, Mapping):
-        raise DataError(f"a row must be an object, not {kind(row)}")
-    prompt = row.get("prompt")
-    if isinstance(prompt, str):
-        if not is_unicode(prompt):
-            raise DataError("column 'prompt' holds half of a surrogate pair, which no tokenizer can read")
-        ids = tokenizer(prompt, return_attention_mask=False)["input_ids"]
-    elif isinstance(prompt, list) and prompt:
-        ids = _chat_ids(prompt, row.get("tools"), tokenizer)
-    elif prompt is None:
-        raise DataError(f"column 'prompt' is missing; found {', '.join(map(repr, row)) or 'no columns'}")
+    chat = isinstance(row, Mapping) and isinstance(row.get("prompt"), list)
+    if wrong := problem(row, Format(("prompt",), chat)):
+        raise DataError(wrong.replace("must be a string,", "must be a string or a list of messages,"))
+    if chat:
+        ids = _chat_ids(row["prompt"], row.get("tools"), tokenizer)
     else:
-        what = "an empty list" if prompt == [] else kind(prompt)
-        raise DataError(f"column 'prompt' must be a string or a list of messages, not {what}")
+        ids = tokenizer(row["prompt"], return_attention_mask=False)["input_ids"]
     if not ids:
         raise DataError("column 'prompt' has no tokens")
     return list(ids)
@@ -82,8 +76,10 @@ def _chat_ids(messages: list[Any], tools: Any, tokenizer: Any) -> list[int]:
     if not tokenizer.chat_template:
         raise DataError("column 'prompt' is a chat, but the tokenizer has no chat template")
     try:
-        tools = json.loads(tools) if isinstance(tools, str) else tools
+        tools = parse_tools(tools)
         encoded = tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True, return_dict=True)
-    except (TemplateError, TypeError, ValueError, KeyError) as error:
+    except DataError:
+        raise
+    except (TemplateError, TypeError, ValueError, KeyError, RecursionError) as error:
         raise DataError(f"column 'prompt': the chat template rejects it: {first_line(error)}") from error
     return encoded["input_ids"]
