@@ -77,6 +77,8 @@ def _generate(options: argparse.Namespace) -> int:
 def _chat(options: argparse.Namespace) -> int:
     params = _params(options)
     engine = _engine(options, keep_prefixes=True)
+    if options.system and not engine.tokenizer.chat_template:
+        raise ConfigError(f"--system needs a chat template, and the tokenizer of {options.model} has none")
     messages = [{"role": "system", "content": options.system}] if options.system else []
     while True:
         try:

@@ -14,7 +14,6 @@ from posttrain.data.rows import DataError
 from posttrain.data.values import first_line
 from posttrain.rollout.params import Completion
 
-
 _OWN = ("index", "completions")  # names of a line that no column of a row may have
 
 

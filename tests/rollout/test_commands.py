@@ -129,3 +129,13 @@ def test_chat(folder, capsys, monkeypatch):
         [[answer]] = engine.generate([messages], SamplingParams(max_tokens=4, temperature=0))
         messages.append({"role": "assistant", "content": answer.text})
     assert capsys.readouterr().out == "".join(messages[i]["content"] + "\n" for i in (2, 4))
+
+
+def test_a_system_text_without_a_template(tmp_path, capsys):
+    path = build_model(tmp_path / "model")
+    tokenizer = load(path)[1]
+    tokenizer.chat_template = None
+    (path / "chat_template.jinja").unlink(missing_ok=True)
+    tokenizer.save_pretrained(path)
+    assert main(["chat", "--model", str(path), "--system", "be brief"]) == 2
+    assert "--system needs a chat template, and the tokenizer of" in capsys.readouterr().err
