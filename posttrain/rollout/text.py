@@ -29,12 +29,6 @@ class TextStream:
         self._done = 0  # tokens whose text is in `text`
         self._given = 0  # characters that `take` has given out
 
-    def copy(self) -> "TextStream":
-        """One that goes on from here by itself."""
-        twin = TextStream(self._tokenizer, self._stop)
-        twin.__dict__.update(self.__dict__, _tokens=self._tokens.copy())
-        return twin
-
     def add(self, token: int) -> None:
         """Append a token."""
         self._tokens.append(token)
