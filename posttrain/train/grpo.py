@@ -102,7 +102,8 @@ class GRPOTrainer(Trainer):
             min_p=args.min_p or 0.0,
             max_tokens=args.max_completion_length,
         )
-        answers = None if environment is None else Environment(environment, tokenizer)
+        vocabulary = self.model.get_input_embeddings().weight.shape[0]
+        answers = None if environment is None else Environment(environment, tokenizer, vocabulary)
         self._sampler = Sampler(self.model, tokenizer, params, answers, self._context)
         return self.model, tokenizer
 

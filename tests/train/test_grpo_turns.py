@@ -145,6 +145,26 @@ def test_what_an_environment_may_return(tokenizer):
         Environment(lambda **_: [{"role": "user", "content": "?"}], tokenizer).answer("p", "c", {})
 
 
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ([999999], "token 999999 is not in the vocabulary"),
+        ([-5], "token -5 is not in the vocabulary"),
+        ("\ud800", "surrogate pair"),
+        ([{"role": "tool"}], r"answer has no content in message 1 \(tool\)"),
+        (RuntimeError("broken"), "the environment raised RuntimeError: broken"),
+    ],
+)
+def test_a_broken_environment_is_named_with_the_sample(tokenizer, answer, message):
+    def environment(**_):
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    with pytest.raises(ConfigError, match=rf"{message}.*; prompt 'p', completion 'c'"):
+        Environment(environment, tokenizer).answer("p", "c", {})
+
+
 def test_a_run_with_an_environment(model_dir, tokenizer, tmp_path):
     """A random policy ends half of its first turns before the limit; the environment asks for a second."""
 
