@@ -28,6 +28,15 @@ WORKED = "Ones: 7+5=12\nTens: 4+8+1=13\nAnswer: 132"
         ("", "132", 0.0),
         ([{"role": "assistant", "content": WORKED}], "132", 1.0),
         (WORKED, None, None),
+        (WORKED, " ", None),
+        ("Answer: 007", "7", 1.0),
+        ("Answer: +7", 7, 1.0),
+        ("Answer: 7", "+07", 1.0),
+        ("Answer: -07", "-7", 1.0),
+        ("Answer: -0", 0, 1.0),
+        ("Answer: 70", "7", 0.0),
+        ("Answer: 7", "7/2", 0.0),
+        ("Answer: 7", "7.0", 0.0),
     ],
 )
 def test_score(completion, answer, score):
