@@ -18,18 +18,18 @@ class RowByRow(TorchFunctionMode):
     """Use as a context, without gradients."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.linear and _fits(*args):
-            return _linear(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        return (_linear if func is F.linear and _fits(*args, **kwargs) else func)(*args, **kwargs)
 
 
-def _fits(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
-    wide = x.is_cpu and x.dtype in (torch.float32, torch.float64)
-    return wide and x.dtype == weight.dtype and weight.ndim == 2 and (bias is None or bias.dtype == x.dtype)
+def _fits(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+    wide = input.is_cpu and input.dtype in (torch.float32, torch.float64)
+    same = all(tensor.dtype == input.dtype for tensor in (weight, bias) if tensor is not None)
+    return wide and same and weight.ndim == 2
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    x, weight = x.contiguous(), weight.contiguous()
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    x, weight = input.contiguous(), weight.contiguous()
     bias = None if bias is None else bias.contiguous()
     y = x.new_empty(*x.shape[:-1], len(weight))
     rows, width = x.numel() // max(x.shape[-1], 1), x.shape[-1]

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tolerance import assert_true_to
 
 from posttrain import _C
+from posttrain.rollout.row_by_row import RowByRow
 
 
 def linear(x, weight, bias=None):
@@ -30,3 +32,14 @@ def test_every_row_by_itself(dtype, rows, width, height):
     for i in range(0, rows, 13):
         assert torch.equal(linear(x[i : i + 1].clone(), weight, bias)[0], y[i])
         assert torch.equal(linear(x[i : i + 9].clone(), weight, bias), y[i : i + 9])
+
+
+def test_arguments_by_name():
+    """Calls of a model's own modules may name them; what the kernel can't take is PyTorch's."""
+    x, weight, bias = torch.randn(4, 6), torch.randn(5, 6), torch.randn(5)
+    named = {"weight": weight, "bias": bias}
+    with torch.no_grad(), RowByRow():
+        by_name = [F.linear(x, **named), F.linear(input=x, **named), F.linear(x, weight, bias=bias)]
+        with pytest.raises(RuntimeError, match="dtype"):
+            F.linear(input=x, weight=weight, bias=bias.double())
+    assert all(torch.equal(y, linear(x, weight, bias)) for y in by_name)
