@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -122,9 +123,29 @@ def free_memory(device: torch.device) -> int:
     """Bytes that can be had on `device`."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     if os.path.exists("/proc/meminfo"):
         with open("/proc/meminfo") as lines:
-            for line in lines:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+            free = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), free)
+    if os.path.exists("/proc/self/cgroup"):
+        groups = Path("/proc/self/cgroup").read_text().splitlines()
+        own = next((group.removeprefix("0::") for group in groups if group.startswith("0::")), "")
+        free = cgroup_room(Path("/sys/fs/cgroup"), own.strip("/"), free)
+    return free
+
+
+def cgroup_room(root: Path, own: str, most: int) -> int:
+    """Bytes left, at most `most`, to the control group `own` (version 2, mounted at `root`) and all above it.
+
+    Cached files count as left: the kernel gives them up first.
+    """
+    for folder in (root / own, *(root / own).parents):
+        if not folder.is_relative_to(root) or not (folder / "memory.max").exists():
+            continue
+        limit = (folder / "memory.max").read_text().strip()
+        if limit != "max":
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            used = int((folder / "memory.current").read_text())
+            used -= int(stat["inactive_file"]) + int(stat["active_file"])
+            most = min(most, max(int(limit) - used, 0))
+    return most
