@@ -1,8 +1,8 @@
 """Linear layers of a model's own modules, each row by itself.
 
 While the mode is active, `torch.nn.functional.linear` in float32 or float64 on a CPU is the kernel of
-csrc/cpu/linear.cpp, which gives a row the same bits in any batch. The rest of a model is PyTorch's; docs/rollout.md says
-what of it depends on the batch.
+csrc/cpu/linear.cpp, which gives a row the same bits in any batch. The rest of a model is PyTorch's, and
+docs/rollout.md says what of it depends on the batch.
 """
 
 from typing import Any
