@@ -117,6 +117,7 @@ class Engine:
         for branch in self._branches:
             self._forget(branch)
         self._pool.forget()
+        self._runner.release()
         if self._cache is not None:
             self._cache.release()
 
@@ -143,15 +144,15 @@ class Engine:
         tokens = encode_all(self.tokenizer, prompts, self._size)
         every = _each(params, len(tokens))
         firsts = self._firsts(tokens, every)
-        self.finished = {}
+        self.finished = finished = {}  # `on_finish` may generate, too
         with show(len(tokens)) if progress else nullcontext() as bar:
             for index, completions in self._prompts_done(firsts, every):
-                self.finished[index] = completions
+                finished[index] = completions
                 if on_finish is not None:
                     on_finish(index, completions)
                 if bar is not None:
-                    bar.report(len(self.finished), self.stats)
-        return [self.finished[index] for index in range(len(tokens))]
+                    bar.report(len(finished), self.stats)
+        return [finished[index] for index in range(len(tokens))]
 
     def _prompts_done(
         self, firsts: list[Branch], every: list[SamplingParams]
@@ -288,6 +289,7 @@ class Engine:
             for one in sequences:
                 self._forget(one)
                 del one.tokens[one.start :]
+                del one.digests[one.start // self._page_size :]
             raise
         return [self._completion(one) for one in sequences]
 
@@ -347,23 +349,36 @@ class Engine:
         scheduler = Scheduler(self._pool, self._max_sequences, self._max_tokens, shares, idle)
         scheduler.waiting.extend(branches)
         generation = Generation(scheduler, self._runner, self.tokenizer, self._ends, self.stats, streaming)
-        keep = self._keep_prefixes and shares
+        keep, interrupted = self._keep_prefixes and shares, False
         self._running += 1
         try:
             self._runner.begin()
             while generation.going_on:
                 yield from generation.advance()
-        except BaseException:
+        except BaseException as error:
             keep = False  # pages may be filed whose content was never computed
+            interrupted = not isinstance(error, GeneratorExit)
             raise
         finally:
             self._running -= 1
+            for sequence in (*scheduler.running, *scheduler.waiting):
+                self._runner.drop(sequence)
             scheduler.clear()
             if not keep:
                 self._pool.forget()
+            if interrupted and not self._running:
+                self._start_anew()
+
+    def _start_anew(self) -> None:
+        """Count pages from the beginning: Ctrl-C may have come in the middle of counting."""
+        for branch in self._branches:
+            branch.pages, branch.computed = [], 0
+        self._pool = PagePool(self._pool.num_pages, self._page_size)
 
     def _completion(self, branch: Branch) -> Completion:
         tokens = branch.tokens[branch.start :]
+        if branch.stream is not None:
+            branch.stream.close()
         text = branch.stream.text if branch.stream is not None else decode(self.tokenizer, tokens)
         top = branch.top_logprobs if branch.params.logprobs else None
         return Completion(tokens, text, branch.logprobs, branch.finish_reason or "length", top)

@@ -62,7 +62,8 @@ class Generation:
 
     def _steady(self, step: Step, drawing: list[Sequence]) -> bool:
         """Whether the next step will be like this one: all drew, with pages of their own, and none can join."""
-        same = len(drawing) == len(step.chunks) == len(self.scheduler.running)
+        drew = [chunk.sequence for chunk in step.chunks if chunk.draws]
+        same = len(drew) == len(step.chunks) and drew == drawing == self.scheduler.running
         return same and self._runner.compiled is not None and (not self.scheduler.waiting or step.decodes)
 
     def _step(self, step: Step) -> list[Sequence]:
@@ -90,6 +91,8 @@ class Generation:
         for sequence in complete:
             self.scheduler.remove(sequence)
             self._runner.drop(sequence)
+            if not self._runner.shares:  # its cache is gone, so all of it is computed again if it goes on
+                self.scheduler.drop(sequence)
         return bool(complete)
 
     def _draw(self, sequences: list[Sequence], logits: Tensor) -> None:

@@ -49,6 +49,10 @@ class PagedRunner:
             except Unusual as problem:
                 self.compiled, self.obstacle = None, str(problem)
 
+    def release(self) -> None:
+        """Forget the step in C++, which has workspaces and turned weights; `begin` makes it again."""
+        self.compiled = None
+
     def run(self, step: Step) -> Tensor:
         """Logits `[n, V]` behind the n chunks after which a token is drawn."""
         self.cache.copy_pages(step.copies)

@@ -1,6 +1,7 @@
 """Run any other causal LM: every sequence by itself, with a cache of transformers' own.
 
-Slow, but right for every architecture, and what a sequence gives can't depend on the others.
+Slow, but right for every architecture, and what a sequence gives can't depend on the others. Models that give no such
+cache (Mamba) compute the whole sequence for every token.
 """
 
 import copy
@@ -28,6 +29,10 @@ class PlainRunner:
     def begin(self) -> None:
         """Nothing: a call of the model reads its weights."""
 
+    def release(self) -> None:
+        """Forget all caches."""
+        self._caches.clear()
+
     def run(self, step: Step) -> Tensor:
         """Logits `[n, V]` behind the n chunks after which a token is drawn."""
         causal = causal_lm(self._model)
@@ -40,13 +45,11 @@ class PlainRunner:
         for sequence, start, end in step.chunks:
             if start == 0:  # new, or started again
                 self._caches.pop(sequence, None)
-            output = causal(
-                input_ids=torch.tensor([sequence.tokens[start:end]], device=device),
-                past_key_values=self._caches.get(sequence),
-                use_cache=True,
-                logits_to_keep=1,
-            )
-            self._caches[sequence] = output.past_key_values
+            cache = self._caches.get(sequence)
+            known = {} if cache is None else {"past_key_values": cache}
+            tokens = sequence.tokens[start if known else 0 : end]
+            output = causal(input_ids=torch.tensor([tokens], device=device), use_cache=True, logits_to_keep=1, **known)
+            self._caches[sequence] = getattr(output, "past_key_values", None)
             if end == len(sequence.tokens):
                 rows.append(output.logits[0, -1])
         return torch.stack(rows) if rows else torch.empty(0, 1, device=device)

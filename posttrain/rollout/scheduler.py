@@ -81,6 +81,7 @@ class Scheduler:
         self._max_tokens = max_tokens
         self._share = share
         self._idle = idle
+        self._counted: set[Sequence] = set()
 
     def next_step(self) -> Step:
         """The next step, empty if no sequence is left. Raises `OutOfPages` if not one sequence has room."""
@@ -135,17 +136,18 @@ class Scheduler:
         place: Any = self.running if sequence in self.running else self.waiting
         place.remove(sequence)
         if not sequence.kept:
-            self._drop(sequence)
+            self.drop(sequence)
 
     def clear(self) -> None:
         """No sequence goes on."""
         for sequence in (*self.running, *self.waiting):
             if not sequence.kept:
-                self._drop(sequence)
+                self.drop(sequence)
         self.running.clear()
         self.waiting.clear()
 
-    def _drop(self, sequence: Sequence) -> None:
+    def drop(self, sequence: Sequence) -> None:
+        """`sequence` gives its pages up."""
         self._pool.drop(sequence.pages)
         sequence.pages, sequence.computed = [], 0
 
@@ -158,7 +160,7 @@ class Scheduler:
             except OutOfPages:
                 holder = next((other for other in (*self._idle, *self.waiting) if other.pages), None)
                 victim = holder or self.running.pop()
-                self._drop(victim)
+                self.drop(victim)
                 if holder is None:
                     self.preempted += 1
                     self.waiting.appendleft(victim)
@@ -193,6 +195,7 @@ class Scheduler:
             if not sequence.pages and not self._find_pages(sequence):
                 passed.append(sequence)
                 continue
+            found = sequence.computed
             end = min(len(sequence.tokens), sequence.computed + room)
             if self.running and self._pages_missing(sequence, end) + len(self.running) > self._pool.available:
                 self.waiting.appendleft(sequence)
@@ -200,9 +203,17 @@ class Scheduler:
             self.running.append(sequence)
             if not self._make_room(sequence, end, step):
                 break
+            self._count_prompt(sequence, found)
             room -= end - sequence.computed
             self._append(sequence, end, step)
         self.waiting.extendleft(reversed(passed))
+
+    def _count_prompt(self, sequence: Sequence, found: int) -> None:
+        """Once for each prompt: how many of its tokens were found in the cache when it first joined."""
+        if not sequence.drawn and sequence not in self._counted:
+            self._counted.add(sequence)
+            self.shared_tokens += min(found, sequence.start)
+            self.prompt_tokens += sequence.start
 
     def _pages_missing(self, sequence: Sequence, end: int) -> int:
         return -(-end // self._pool.page_size) - len(sequence.pages) + 1
@@ -221,8 +232,6 @@ class Scheduler:
         for page in found:
             self._pool.hold(page)
         sequence.pages, sequence.computed = found, len(found) * size
-        self.shared_tokens += min(sequence.computed, sequence.start)
-        self.prompt_tokens += sequence.start
         return True
 
     def _findable(self, sequence: Sequence) -> list[Digest]:

@@ -1,6 +1,7 @@
 """Open sequences: a search tree over the pages of the cache."""
 
 import pytest
+from tiny_models import tiny
 
 from posttrain.rollout import SamplingParams
 
@@ -76,3 +77,16 @@ def test_errors(engine):
     for use in (engine.close, engine.fork, lambda one: engine.grow([one], SOME)):
         with pytest.raises(ValueError, match="the sequence isn't open"):
             use(root)
+
+
+def test_other_models_grow_and_fork_too(make_engine, tokenizer):
+    plain = make_engine(tiny("llama", vocab_size=len(tokenizer), max_position_embeddings=256))
+    root = plain.open([7] * 21)
+    pieces = [plain.grow([root], SOME)[0] for _ in range(2)]
+    [[whole]] = plain.generate([[7] * 21], SamplingParams(max_tokens=12, ignore_eos=True, temperature=0))
+    assert [token for piece in pieces for token in piece.token_ids] == whole.token_ids
+    twin = plain.fork(root)
+    [grown] = plain.grow([twin], SOME)
+    assert [[grown]] == plain.generate([root.tokens], SOME)
+    for one in (root, twin):
+        plain.close(one)

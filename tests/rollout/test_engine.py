@@ -232,3 +232,19 @@ def test_statistics(make_engine):
     assert stats.metrics["rollout/batch_size"] == 2
     assert stats.peak_pages == 4 + 2 * 2  # of 41 tokens, the last drawn without keys
     assert stats.metrics["rollout/decode_tokens_per_second"] > 0
+
+
+def test_a_model_without_a_cache_of_keys(make_engine, prompts, tokenizer):
+    from transformers import MambaConfig, MambaForCausalLM
+
+    torch.manual_seed(0)
+    config = MambaConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=2, state_size=4)
+    model = MambaForCausalLM(config).eval()
+    params = SamplingParams(n=2, max_tokens=4, ignore_eos=True, seed=0)
+    for prompt, completions in zip(prompts, make_engine(model).generate(prompts, params), strict=True):
+        for completion in completions:
+            with torch.no_grad():
+                logits = model(torch.tensor([prompt + completion.token_ids])).logits[0, len(prompt) - 1 : -1]
+            drawn = torch.tensor(completion.token_ids)[:, None]
+            expected = logits.log_softmax(-1).gather(1, drawn)[:, 0]
+            torch.testing.assert_close(torch.tensor(completion.logprobs), expected)

@@ -238,3 +238,72 @@ def test_prefixes_that_are_kept(make_engine):
     assert again == first and engine.stats.shared_tokens == 24
     engine.release()
     assert engine.generate([[5] * 30], SHORT) == [[first]] and engine.stats.shared_tokens == 0
+
+
+def test_a_burst_waits_for_samples_that_share_a_page(make_engine):
+    prompts = [[5], [6] * 5]
+    params = [SamplingParams(n=n, max_tokens=8, ignore_eos=True, seed=0) for n in (2, 1)]
+    crowded = make_engine(max_sequences=2, max_tokens_per_step=2)
+    assert crowded.generate(prompts, params) == make_engine().generate(prompts, params)
+
+
+@pytest.mark.parametrize("name", ["take", "drop", "hold"])
+@pytest.mark.parametrize("call", [1, 4])
+def test_an_interrupt_while_pages_are_counted(make_engine, monkeypatch, name, call):
+    engine = make_engine()
+    params = SamplingParams(n=3, max_tokens=12, ignore_eos=True, seed=0)
+    expected = engine.generate([[5] * 9, [6] * 11], params)
+    root = engine.open([7] * 21)
+    engine.grow([root], SamplingParams(max_tokens=2))
+    count, original = 0, getattr(engine._pool, name)
+
+    def interrupted(*arguments):
+        nonlocal count
+        count += 1
+        if count == call:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    monkeypatch.setattr(engine._pool, name, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate([[5] * 9, [6] * 11], params)
+    assert engine.pages_held == 0
+    assert engine.generate([[5] * 9, [6] * 11], params) == expected
+    engine.grow([root], SamplingParams(max_tokens=2))
+    engine.close(root)
+
+
+def test_a_callback_may_generate(engine):
+    params = SamplingParams(max_tokens=4, seed=0)
+    expected = engine.generate([[5] * 3, [6] * 4], params)
+
+    def again(index, completions):
+        engine.generate([[9] * 4], params)
+
+    assert engine.generate([[5] * 3, [6] * 4], params, on_finish=again) == expected
+
+
+def test_prompts_are_counted_once(make_engine):
+    engine = make_engine(memory=16 * 4096)
+    engine.generate([[n, *[5] * 19] for n in range(2, 18)], SamplingParams(max_tokens=30, ignore_eos=True, seed=0))
+    assert engine.stats.preempted > 0
+    assert engine.stats.prompt_tokens == 16 * 20
+
+
+def test_nothing_stays_after_release(make_engine, tokenizer):
+    plain = make_engine(tiny("llama", vocab_size=len(tokenizer), max_position_embeddings=256))
+    stream = plain.stream([[5] * 10, [6] * 10], SamplingParams(max_tokens=6, ignore_eos=True))
+    next(stream)
+    stream.close()
+    assert not plain._runner._caches
+    paged = make_engine()
+    paged.generate([[5] * 10], SamplingParams(max_tokens=3))
+    paged.release()
+    assert paged._runner.compiled is None
+
+
+def test_generate_gives_the_text_that_stream_gives(engine):
+    params = SamplingParams(n=20, max_tokens=5, ignore_eos=True, seed=0, stop=["zzzzzz"])
+    [whole] = engine.generate(["ab"], params)
+    streamed = {piece.sample: piece.completion for piece in engine.stream(["ab"], params) if piece.completion}
+    assert whole == [streamed[sample] for sample in range(20)]
