@@ -149,7 +149,10 @@ class Engine:
             for index, completions in self._prompts_done(firsts, every):
                 finished[index] = completions
                 if on_finish is not None:
-                    on_finish(index, completions)
+                    try:
+                        on_finish(index, completions)
+                    finally:
+                        self.finished = finished
                 if bar is not None:
                     bar.report(len(finished), self.stats)
         return [finished[index] for index in range(len(tokens))]
@@ -361,13 +364,18 @@ class Engine:
             raise
         finally:
             self._running -= 1
-            for sequence in (*scheduler.running, *scheduler.waiting):
-                self._runner.drop(sequence)
-            scheduler.clear()
-            if not keep:
-                self._pool.forget()
-            if interrupted and not self._running:
-                self._start_anew()
+            try:
+                for sequence in (*scheduler.running, *scheduler.waiting):
+                    self._runner.drop(sequence)
+                scheduler.clear()
+                if not keep:
+                    self._pool.forget()
+            except BaseException:
+                interrupted = True
+                raise
+            finally:
+                if interrupted and not self._running:
+                    self._start_anew()
 
     def _start_anew(self) -> None:
         """Count pages from the beginning: Ctrl-C may have come in the middle of counting."""

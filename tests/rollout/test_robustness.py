@@ -273,6 +273,16 @@ def test_an_interrupt_while_pages_are_counted(make_engine, monkeypatch, name, ca
     engine.close(root)
 
 
+def test_an_interrupt_while_tidying_up(engine, monkeypatch):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine._pool, "forget", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate([[5] * 9], SHORT)
+    assert engine.pages_held == 0 and engine.generate([[5] * 9], SHORT)
+
+
 def test_a_callback_may_generate(engine):
     params = SamplingParams(max_tokens=4, seed=0)
     expected = engine.generate([[5] * 3, [6] * 4], params)
@@ -281,6 +291,14 @@ def test_a_callback_may_generate(engine):
         engine.generate([[9] * 4], params)
 
     assert engine.generate([[5] * 3, [6] * 4], params, on_finish=again) == expected
+
+    def fails(index, completions):
+        engine.generate([[9] * 4], params)
+        raise RuntimeError(index)
+
+    with pytest.raises(RuntimeError, match="0"):
+        engine.generate([[5] * 3, [6] * 4], params, on_finish=fails)
+    assert engine.finished == {0: expected[0]}
 
 
 def test_prompts_are_counted_once(make_engine):
