@@ -45,7 +45,6 @@ class Demo:
         model_dir: folder of the newest model.
         settings: overrides of the YAML settings of every stage.
         seed: of the weights, the data order and the samples.
-        pair_prompts: problems that preference pairs are made of.
         scores: held-out exact match after each stage, by name of the stage.
         answers: some held-out answers after each stage.
     """
@@ -54,7 +53,6 @@ class Demo:
     model_dir: Path
     settings: dict[str, Any]
     seed: int = 0
-    pair_prompts: int = PAIR_PROMPTS
     scores: dict[str, float] = field(default_factory=dict)
     answers: dict[str, list[Answer]] = field(default_factory=dict)
 
@@ -67,11 +65,8 @@ def start(demo: Demo) -> None:
 
 def sft(demo: Demo) -> None:
     """The cold start: supervised fine-tuning on worked and hasty answers."""
-    paths = {name: str(EXAMPLES / "data" / f"arithmetic-{part}.jsonl") for name, part in SFT_DATA.items()}
+    paths = {"data": str(data_file("cold-start")), "eval_data": str(data_file("test"))}
     train(demo, "sft", SFTTrainer, SFTConfig, paths)
-
-
-SFT_DATA = {"data": "cold-start", "eval_data": "test"}
 
 
 def dpo(demo: Demo) -> None:
@@ -101,7 +96,7 @@ def train(demo: Demo, stage: str, trainer: Any, config: Any, paths: dict[str, st
 
 def preference_pairs(demo: Demo) -> list[dict[str, Any]]:
     """A right and a wrong answer to the same problem, for each problem that the newest model answers in both ways."""
-    chats = read_chats("train")[: demo.pair_prompts]
+    chats = read_chats("train")[:PAIR_PROMPTS]
     model, tokenizer = load(demo.model_dir)
     with Engine(model, tokenizer) as engine:
         drawn = engine.generate([chat[:-1] for chat in chats], SamplingParams(n=8, max_tokens=64, seed=demo.seed))
@@ -158,9 +153,14 @@ def generate(model_dir: Path, prompts: list[list[dict[str, str]]]) -> list[str]:
     return answers
 
 
+def data_file(part: str) -> Path:
+    """One of the bundled files."""
+    return EXAMPLES / "data" / f"arithmetic-{part}.jsonl"
+
+
 def read_chats(part: str) -> list[list[dict[str, str]]]:
     """The chats of one of the bundled files."""
-    lines = (EXAMPLES / "data" / f"arithmetic-{part}.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = data_file(part).read_text(encoding="utf-8").splitlines()
     return [json.loads(line)["messages"] for line in lines]
 
 
