@@ -19,7 +19,7 @@ import pytest
 import torch
 from bench_grpo import SHAPE, model_folder
 from interleave import Comparison, Spread
-from memory import peaks
+from memory import peaks, report_peaks
 
 for _peer in ("datasets", "trl"):
     if find_spec(_peer) is None:  # found, not imported: that would count as memory of ours
@@ -160,9 +160,5 @@ def test_memory(report):
         setup = f"import bench_dpo as b\nb.{name}_trainer({folder!r}, 2).train()\n"
         setup += f"trainer = b.{name}_trainer({folder!r}, 4)"
         found["posttrain" if name == "our" else name] = peaks(setup, "trainer.train()")
-    beyond = {name: peak.beyond / 2**20 for name, peak in found.items()}
-    whole = {name: peak.whole / 2**20 for name, peak in found.items()}
-    lines = ["DPO, 8 pairs of 256 + 2 x 64 tokens: peak memory (MB), beyond the trainer and of the process"]
-    lines += [f"  {name:<10} {beyond[name]:>9.1f} {whole[name]:>9.1f}" for name in found]
-    report("dpo-memory", lines, megabytes=beyond, process_megabytes=whole)
+    beyond = report_peaks(report, "dpo-memory", "DPO, 8 pairs of 256 + 2 x 64 tokens", found)
     assert beyond["posttrain"] <= 0.5 * beyond["trl"]

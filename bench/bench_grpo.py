@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 import torch
 from interleave import Comparison, Spread
-from memory import peaks
+from memory import peaks, report_peaks
 
 for _peer in ("datasets", "trl"):
     if find_spec(_peer) is None:  # found, not imported: that would count as memory of ours
@@ -211,9 +211,5 @@ def test_memory(size, report):
         setup = f"import bench_grpo as b\nb.{name}_trainer({folder!r}, {size!r}, 2).train()\n"
         setup += f"trainer = b.{name}_trainer({folder!r}, {size!r})"
         found["posttrain" if name == "our" else name] = peaks(setup, "trainer.train()")
-    beyond = {name: peak.beyond / 2**20 for name, peak in found.items()}
-    whole = {name: peak.whole / 2**20 for name, peak in found.items()}
-    lines = [f"GRPO, {size}: peak memory (MB), beyond the trainer and of the process"]
-    lines += [f"  {name:<10} {beyond[name]:>9.1f} {whole[name]:>9.1f}" for name in found]
-    report(f"grpo-memory-{size.replace(' ', '-')}", lines, megabytes=beyond, process_megabytes=whole)
+    beyond = report_peaks(report, f"grpo-memory-{size.replace(' ', '-')}", f"GRPO, {size}", found)
     assert beyond["posttrain"] <= 0.5 * beyond["trl"]

@@ -22,7 +22,7 @@ from pathlib import Path
 import pytest
 import torch
 from interleave import Comparison, Spread
-from memory import peaks
+from memory import peaks, report_peaks
 
 from posttrain.data.share import keep_apart
 
@@ -193,9 +193,7 @@ def test_memory(packing, report):
         setup = f"import bench_sft as b\nb.COMMON['max_steps'] = 2\nb.{name}_trainer({folder!r}, {packing}).train()\n"
         setup += f"b.COMMON['max_steps'] = b.STEPS\ntrainer = b.{name}_trainer({folder!r}, {packing})"
         found["posttrain" if name == "our" else name] = peaks(setup, "trainer.train()")
-    beyond = {name: peak.beyond / 2**20 for name, peak in found.items()}
-    whole = {name: peak.whole / 2**20 for name, peak in found.items()}
-    lines = [f"SFT {'with' if packing else 'without'} packing: peak memory (MB), beyond the trainer and of the process"]
-    lines += [f"  {name:<10} {beyond[name]:>9.1f} {whole[name]:>9.1f}" for name in found]
-    report(f"sft-memory{'-packing' if packing else ''}", lines, megabytes=beyond, process_megabytes=whole)
+    beyond = report_peaks(
+        report, f"sft-memory{'-packing' if packing else ''}", f"SFT {'with' if packing else 'without'} packing", found
+    )
     assert beyond["posttrain"] <= 0.7 * beyond["trl"]

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,3 +48,13 @@ def peaks(setup: str, work: str) -> Peaks:
         raise RuntimeError(f"memory probe failed: {run.stderr}")
     beyond, whole = run.stdout.split("peaks")[-1].split()
     return Peaks(int(beyond), int(whole))
+
+
+def report_peaks(report: Callable[..., None], name: str, title: str, found: Mapping[str, Peaks]) -> dict[str, float]:
+    """Record the peaks of trainers under `name`; those beyond the trainer, in MB."""
+    beyond = {trainer: peak.beyond / 2**20 for trainer, peak in found.items()}
+    whole = {trainer: peak.whole / 2**20 for trainer, peak in found.items()}
+    lines = [f"{title}: peak memory (MB), beyond the trainer and of the process"]
+    lines += [f"  {trainer:<10} {beyond[trainer]:>9.1f} {whole[trainer]:>9.1f}" for trainer in found]
+    report(name, lines, megabytes=beyond, process_megabytes=whole)
+    return beyond
