@@ -11,7 +11,6 @@ from collections.abc import Callable
 import pytest
 import torch
 from elementwise import DEVICE, randn
-from interleave import interleave
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
@@ -19,6 +18,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
 
+from posttrain.bench.interleave import interleave
 from posttrain.ops import packed_attention
 from posttrain.ops.layout import PackedLayout
 

@@ -20,8 +20,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from interleave import Comparison, Spread
-from memory import peaks, report_peaks
+
+from posttrain.bench.interleave import Comparison, Spread
+from posttrain.bench.memory import peaks, report_peaks
 
 for _peer in ("datasets", "trl"):
     if find_spec(_peer) is None:  # found, not imported: that would count as memory of ours

@@ -17,9 +17,9 @@ from importlib.util import find_spec
 import pytest
 import torch
 import torch.nn.functional as F
-from interleave import interleave
-from memory import peak_bytes
 
+from posttrain.bench.interleave import interleave
+from posttrain.bench.memory import peak_bytes
 from posttrain.ops import linear_logprob
 
 GPU = torch.cuda.is_available()

@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 from elementwise import DEVICE, DTYPE, randn, step
-from interleave import Comparison, Spread, interleave
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from posttrain import ops
+from posttrain.bench.interleave import Comparison, Spread, interleave
 from posttrain.models import prepare
 from posttrain.ops import LoraLayer
 from posttrain.ops.layout import PackedLayout

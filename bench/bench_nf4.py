@@ -9,10 +9,10 @@ from copy import copy
 import pytest
 import torch
 from elementwise import DEVICE, DTYPE, copies, randn
-from interleave import interleave
 from torch.nn import functional
 
 from posttrain import ops
+from posttrain.bench.interleave import interleave
 from posttrain.ops import NF4Weight
 
 HEIGHT, WIDTH = (14336 if DEVICE == "cuda" else 4096), 4096  # on a GPU larger than its caches

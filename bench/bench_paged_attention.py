@@ -3,11 +3,11 @@
 import pytest
 import torch
 from elementwise import DEVICE
-from interleave import interleave
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from posttrain import ops
+from posttrain.bench.interleave import interleave
 
 PAGE = 16
 CASES = {  # sequences, prompt, whether it is shared, own tokens, heads, key heads, width

@@ -22,8 +22,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from interleave import interleave
 
+from posttrain.bench.interleave import interleave
 from posttrain.models import prepare
 from posttrain.rollout import Engine, SamplingParams
 

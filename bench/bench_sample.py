@@ -3,11 +3,11 @@
 import pytest
 import torch
 from elementwise import DEVICE
-from interleave import interleave
 from torch import Tensor
 from transformers import LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
 
 from posttrain import ops
+from posttrain.bench.interleave import interleave
 
 ROWS = 32
 FILTERS = {"plain": {}, "top_p": {"top_p": 0.9}, "top_k-top_p": {"top_k": 20, "top_p": 0.95}}

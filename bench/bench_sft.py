@@ -21,9 +21,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from interleave import Comparison, Spread
-from memory import peaks, report_peaks
 
+from posttrain.bench.interleave import Comparison, Spread
+from posttrain.bench.memory import peaks, report_peaks
 from posttrain.data.share import keep_apart
 
 for _peer in ("datasets", "trl"):

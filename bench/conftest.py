@@ -3,8 +3,9 @@
 from collections.abc import Callable
 
 import pytest
-from interleave import Comparison
-from record import record
+
+from posttrain.bench.interleave import Comparison
+from posttrain.bench.record import record
 
 _TABLES = pytest.StashKey[list[str]]()
 

@@ -3,8 +3,9 @@
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from interleave import Comparison, interleave
 from torch import Tensor
+
+from posttrain.bench.interleave import Comparison, interleave
 
 Function = Callable[..., Tensor | Sequence[Tensor]]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,9 +1,9 @@
 """Peak memory of a piece of work in a process of its own."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import NamedTuple
 
 _TEMPLATE = """
@@ -43,7 +43,8 @@ def peaks(setup: str, work: str) -> Peaks:
     Both are Python source. `setup` should also do a small run of the work, so that libraries are loaded and warm.
     """
     program = _TEMPLATE.format(setup=setup, work=work)
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=Path(__file__).parent)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}  # imports what the caller could import
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
     if run.returncode != 0:
         raise RuntimeError(f"memory probe failed: {run.stderr}")
     beyond, whole = run.stdout.split("peaks")[-1].split()

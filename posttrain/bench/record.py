@@ -1,12 +1,14 @@
 """Where benchmark results go: one JSON file per benchmark and kind of machine.
 
-bench/results/<device>/<name>.json    or $OUT/<device>/<name>.json when OUT is set
+$OUT/<device>/<name>.json if OUT is set, else bench/results/<device>/<name>.json of the checkout that this file lies in,
+or of the current folder if it lies in none that can be written.
 """
 
 import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -17,17 +19,24 @@ import torch
 
 from posttrain import _C
 
-_HERE = Path(__file__).parent
+_ROOT = Path(__file__).parents[2]
 _PACKAGES = ("posttrain", "torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy")
 
 
 def record(name: str, result: dict[str, Any]) -> Path:
     """Write `result` with date, commit, versions and device, and return the file."""
-    root = Path(os.environ.get("OUT") or _HERE / "results")
-    path = root / re.sub(r"[^A-Za-z0-9.]+", "-", device_name()).strip("-") / f"{name}.json"
+    path = results_folder() / re.sub(r"[^A-Za-z0-9.]+", "-", device_name()).strip("-") / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**_circumstances(), **result}, indent=2) + "\n")
     return path
+
+
+def results_folder() -> Path:
+    """Where the results of all devices lie."""
+    if os.environ.get("OUT"):
+        return Path(os.environ["OUT"])
+    ours = _ROOT / "bench" / "results"
+    return ours if os.access(ours, os.W_OK) else Path("bench/results")
 
 
 def device_name() -> str:
@@ -62,6 +71,8 @@ def _versions() -> dict[str, str]:
 
 
 def _git(*arguments: str) -> str | None:
-    """Output of a git command here, or None outside a repository."""
-    done = subprocess.run(["git", *arguments], cwd=_HERE, capture_output=True, text=True, check=False)
+    """Output of a git command in our checkout, or None without a checkout or without git."""
+    if not (_ROOT / ".git").exists() or shutil.which("git") is None:
+        return None
+    done = subprocess.run(["git", *arguments], cwd=_ROOT, capture_output=True, text=True, check=False)
     return done.stdout.strip() if done.returncode == 0 else None

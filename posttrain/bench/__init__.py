@@ -1,0 +1,1 @@
+"""Benchmarks of every op and training loop: `posttrain bench`."""
