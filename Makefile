@@ -21,7 +21,8 @@ $(VENV)/.dependencies: requirements.txt
 	touch $@
 
 $(STAMP): $(VENV)/.dependencies $(SOURCES)
-	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable . \
+	  -Ccmake.define.POSTTRAIN_EMULATION=ON
 	touch $@
 
 demo: install

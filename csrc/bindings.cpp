@@ -2,12 +2,9 @@
 // devices and contiguity before calling; nothing is checked twice here.
 #include <pybind11/pybind11.h>
 
-#include <stdexcept>
-#include <string>
-
 #include "cpu/all.h"
 #ifdef POSTTRAIN_WITH_CUDA
-#include "cuda/kernels.h"
+#include "cuda/bindings.h"
 #endif
 #include "isa.h"
 #include "layout.h"
@@ -103,35 +100,6 @@ void logprob_grad(int itemsize, address tile, int64_t tile_stride, address grad,
                    at<T>(grad_lse));
   });
 }
-
-#ifdef POSTTRAIN_WITH_CUDA
-void check(int status) {
-  if (status != 0) throw std::runtime_error(std::string("CUDA: ") + posttrain::cuda::describe(status));
-}
-
-// As logprob_fold and logprob_grad, for float32 on a GPU, after a stream; itemsize is that of float.
-void cuda_logprob_fold(address stream, int, address tile, int64_t stride, int64_t rows, int64_t cols,
-                       int64_t first_column, address targets, address bias, float scale, float softcap,
-                       float inverse_temperature, address m, address top, address s, address t, address z_target,
-                       address unit, int64_t width) {
-  using T = float;
-  check(posttrain::cuda::logprob_fold(at<void>(stream), at<T>(tile), stride, rows, cols, first_column,
-                                      at<int64_t>(targets), at<T>(bias), {scale, softcap, inverse_temperature},
-                                      at<T>(m), at<T>(top), at<T>(s), at<T>(t), at<T>(z_target), at<T>(unit), width));
-}
-
-void cuda_logprob_grad(address stream, int, address tile, int64_t tile_stride, address grad, int64_t grad_stride,
-                       int64_t rows, int64_t cols, int64_t first_column, address targets, address bias, float scale,
-                       float softcap, float inverse_temperature, bool finished, address logprob, address entropy,
-                       address lse, address lse_low, address grad_logprob, address grad_entropy, address grad_lse) {
-  using T = float;
-  check(posttrain::cuda::logprob_grad(at<void>(stream), at<T>(tile), tile_stride, at<T>(grad), grad_stride, rows, cols,
-                                      first_column, at<int64_t>(targets), at<T>(bias),
-                                      {scale, softcap, inverse_temperature}, finished, at<T>(logprob), at<T>(entropy),
-                                      at<T>(lse), at<T>(lse_low), at<T>(grad_logprob), at<T>(grad_entropy),
-                                      at<T>(grad_lse)));
-}
-#endif
 
 int64_t pack_best_fit(address lengths, int64_t count, int64_t capacity, address bin) {
   py::gil_scoped_release release;
@@ -371,8 +339,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("logprob_fold", &logprob_fold);
   m.def("logprob_grad", &logprob_grad);
 #ifdef POSTTRAIN_WITH_CUDA
-  m.def("cuda_logprob_fold", &cuda_logprob_fold);
-  m.def("cuda_logprob_grad", &cuda_logprob_grad);
+  posttrain::cuda::bind_kernels(m);
 #endif
   m.def("rms_norm_forward", &rms_norm_forward);
   m.def("rms_norm_backward", &rms_norm_backward);

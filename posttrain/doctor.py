@@ -9,7 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from posttrain import _C, __version__
-from posttrain.ops.backend import SUPPORT, explain
+from posttrain.ops.backend import SUPPORT, explain, has_emulated_cuda
 
 _PACKAGES = ("torch", "triton", "transformers", "peft", "datasets", "numpy", "flash-attn", "bitsandbytes")
 _KINDS = (("cpu", torch.float32), ("cpu", torch.bfloat16), ("cuda", torch.bfloat16))
@@ -43,6 +43,7 @@ def _machine() -> Iterator[tuple[str, str]]:
                 f"{device.name}, sm_{device.major}{device.minor}, {device.total_memory / 2**30:.1f} GiB",
             )
     yield "CUDA kernels", "built" if _C.with_cuda() else "not built (nvcc was not found when this was built)"
+    yield "CUDA kernels on the CPU", "built, for tests" if has_emulated_cuda() else "not built (only tests need them)"
 
 
 def _packages() -> Iterator[tuple[str, str]]:

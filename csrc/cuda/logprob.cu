@@ -4,9 +4,7 @@
 //
 // One block per row, 16 bytes per access. A thread visits the same elements in every pass over its row, so passes need
 // no barrier but that of the reductions, whose order is fixed: repeated runs give the same bits.
-#include <cuda_runtime.h>
-
-#include "cuda/kernels.h"
+#include "cuda/device.h"
 
 namespace posttrain::cuda {
 
@@ -15,12 +13,10 @@ namespace {
 constexpr int kThreads = 256;
 constexpr float kSlack = 16.0f;  // how far a tile's maximum may exceed the reference before the reference moves
 
-__device__ bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
-
 // out[j] = body(in[j], j) over a row; `out` may be null, and may be `in`.
 template <class Body>
 __device__ void over_row(const float* in, float* out, int64_t cols, Body body) {
-  const int64_t vectors = aligned(in) && aligned(out) ? cols / 4 : 0;
+  const int64_t vectors = is_aligned(in) && is_aligned(out) ? cols / 4 : 0;
   for (int64_t i = threadIdx.x; i < vectors; i += kThreads) {
     float4 v = reinterpret_cast<const float4*>(in)[i];
     v.x = body(v.x, 4 * i);
@@ -33,26 +29,6 @@ __device__ void over_row(const float* in, float* out, int64_t cols, Body body) {
     const float v = body(in[j], j);
     if (out) out[j] = v;
   }
-}
-
-struct Add {
-  __device__ float operator()(float a, float b) const { return a + b; }
-};
-struct Max {
-  __device__ float operator()(float a, float b) const { return fmaxf(a, b); }
-};
-
-// The value of `combine` over the block, given to every thread. `start` is its neutral element.
-template <class Combine>
-__device__ float reduce(float x, float start, Combine combine) {
-  __shared__ float of_warp[kThreads / 32];
-  for (int distance = 16; distance > 0; distance /= 2) x = combine(x, __shfl_xor_sync(~0u, x, distance));
-  if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = x;
-  __syncthreads();
-  x = threadIdx.x % 32 < kThreads / 32 ? of_warp[threadIdx.x % 32] : start;
-  for (int distance = 16; distance > 0; distance /= 2) x = combine(x, __shfl_xor_sync(~0u, x, distance));
-  __syncthreads();
-  return x;
 }
 
 __device__ float transformed(float a, float bias, const LogitTransform& f) {
@@ -83,7 +59,7 @@ __global__ void __launch_bounds__(kThreads, 3)
       tile_top = fmaxf(tile_top, z);
     return z;
   });
-  tile_top = reduce(tile_top, -INFINITY, Max{});
+  tile_top = reduce_block<kThreads>(tile_top, -INFINITY, Maximum{});
 
   const float before = m[i], s_before = s[i], t_before = t ? t[i] : 0.0f;
   const bool moves = !(tile_top <= before + kSlack) && tile_top > -INFINITY;
@@ -101,8 +77,8 @@ __global__ void __launch_bounds__(kThreads, 3)
     if (e > 0.0f) weighted += e * (z - reference);
     return e > 0.0f ? e * slope(z, f) : e;
   });
-  sum = reduce(sum, 0.0f, Add{});
-  if (t) weighted = reduce(weighted, 0.0f, Add{});
+  sum = reduce_block<kThreads>(sum, 0.0f, Sum{});
+  if (t) weighted = reduce_block<kThreads>(weighted, 0.0f, Sum{});
   if (threadIdx.x != 0) return;
   const float shifted = moves && !first ? (before - after) * s_before : 0.0f;
   if (t) t[i] = (first ? 0.0f : factor * (t_before + shifted)) + weighted;
@@ -137,10 +113,8 @@ __global__ void __launch_bounds__(kThreads, 3)
 int logprob_fold(void* stream, float* tile, int64_t stride, int64_t rows, int64_t cols, int64_t first_column,
                  const int64_t* targets, const float* bias, LogitTransform transform, float* m, float* top, float* s,
                  float* t, float* z_target, float* unit, int64_t width) {
-  if (rows == 0) return cudaSuccess;
-  fold_kernel<<<static_cast<unsigned>(rows), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-      tile, stride, cols, first_column, targets, bias, transform, m, top, s, t, z_target, unit, width);
-  return cudaGetLastError();
+  return launch(fold_kernel, rows, kThreads, 0, stream, tile, stride, cols, first_column, targets, bias, transform, m,
+                top, s, t, z_target, unit, width);
 }
 
 int logprob_grad(void* stream, const float* tile, int64_t tile_stride, float* grad, int64_t grad_stride, int64_t rows,
@@ -148,13 +122,9 @@ int logprob_grad(void* stream, const float* tile, int64_t tile_stride, float* gr
                  LogitTransform transform, bool finished, const float* logprob, const float* entropy,
                  const float* lse, const float* lse_low, const float* grad_logprob, const float* grad_entropy,
                  const float* grad_lse) {
-  if (rows == 0) return cudaSuccess;
-  grad_kernel<<<static_cast<unsigned>(rows), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-      tile, tile_stride, grad, grad_stride, cols, first_column, targets, bias, transform, finished, logprob, entropy,
-      lse, lse_low, grad_logprob, grad_entropy, grad_lse);
-  return cudaGetLastError();
+  return launch(grad_kernel, rows, kThreads, 0, stream, tile, tile_stride, grad, grad_stride, cols, first_column,
+                targets, bias, transform, finished, logprob, entropy, lse, lse_low, grad_logprob, grad_entropy,
+                grad_lse);
 }
-
-const char* describe(int status) { return cudaGetErrorString(static_cast<cudaError_t>(status)); }
 
 }  // namespace posttrain::cuda

@@ -3,22 +3,29 @@
 The choice depends only on the op, the tensor's device and its dtype:
 
     CPU    the C++ kernels ("cpu") for the dtypes they have, else plain PyTorch ("reference")
-    CUDA   the Triton kernels ("triton") for the dtypes they have, else plain PyTorch ("reference")
+    CUDA   the CUDA C++ kernels ("cuda") where posttrain/ops/cuda_choice.py says why and this build has them,
+           else the Triton kernels ("triton") for the dtypes they have, else plain PyTorch ("reference")
 
 `use_backend` forces another one, for every op or for those it names. flash-attn ("flash-attn"), where it is installed,
 runs only so. A forced backend that can't run is an error that says why; nothing falls back silently.
+
+For tests without a GPU, POSTTRAIN_EMULATE_CUDA=1 lets a forced "cuda" compute CPU tensors, by the same kernels compiled
+as C++ (posttrain._emulated, which a build with -DPOSTTRAIN_EMULATION=ON has).
 """
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from importlib.util import find_spec
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from posttrain import _C
+from posttrain.ops.cuda_choice import WINS
 
 BACKENDS = ("reference", "cpu", "triton", "cuda", "flash-attn")
 
@@ -43,6 +50,8 @@ SUPPORT: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "linear_logprob": {"cpu": (*_WIDE, *_HALF), "triton": _TRITON, "cuda": _TRITON},
 }
 
+CUDA_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # Dtype of csrc/cuda/kernels.h
+
 _HAS_TRITON = find_spec("triton") is not None
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _HAS_FLASH_ATTN = find_spec("flash_attn") is not None
@@ -60,15 +69,16 @@ class Choice(NamedTuple):
     reason: str
 
 
-def backend_for(op: str, tensor: Tensor) -> str:
+def backend_for(op: str, tensor: Tensor, case: str = "") -> str:
     """Name of the backend that `op` uses for tensors like `tensor` (its device and dtype).
 
-    Raises `ValueError` for an unknown op and `BackendError` if `use_backend` forces one that can't run.
+    `case` names the part of the op's inputs that a call belongs to, where posttrain/ops/cuda_choice.py tells parts
+    apart. Raises `ValueError` for an unknown op and `BackendError` if `use_backend` forces one that can't run.
     """
-    return explain(op, tensor).backend
+    return explain(op, tensor, case).backend
 
 
-def explain(op: str, tensor: Tensor) -> Choice:
+def explain(op: str, tensor: Tensor, case: str = "") -> Choice:
     """Like `backend_for`, with the reason."""
     support = SUPPORT.get(op)
     if support is None:
@@ -79,6 +89,9 @@ def explain(op: str, tensor: Tensor) -> Choice:
         if obstacle:
             raise BackendError(f"backend {forced!r} can't compute {op}: {obstacle}")
         return Choice(forced, "forced by use_backend")
+    wins = WINS.get((op, case))
+    if tensor.device.type == "cuda" and wins and not _obstacle(op, "cuda", "cuda", tensor.dtype):
+        return Choice("cuda", wins)
     native = "triton" if tensor.device.type == "cuda" else "cpu"
     obstacle = _obstacle(op, native, tensor.device.type, tensor.dtype)
     if obstacle:
@@ -108,6 +121,21 @@ def use_backend(name: str, *ops: str) -> Iterator[None]:
         _forced = before
 
 
+def has_emulated_cuda() -> bool:
+    """Whether this build has the CUDA kernels compiled for the CPU."""
+    return find_spec("posttrain._emulated") is not None
+
+
+def cuda_kernels(tensor: Tensor) -> ModuleType:
+    """The module with the CUDA kernels for tensors like `tensor`: on a CPU, the emulated ones."""
+    return _C if tensor.is_cuda else import_module("posttrain._emulated")
+
+
+def cuda_stream(tensor: Tensor) -> int:
+    """The current stream of the tensor's device, as kernels take it; 0 on a CPU."""
+    return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
+
+
 def _obstacle(op: str, backend: str, device: str, dtype: torch.dtype) -> str | None:
     """Why `backend` can't compute `op` for this device and dtype, or None if it can."""
     if backend == "reference":
@@ -125,16 +153,24 @@ def _obstacle(op: str, backend: str, device: str, dtype: torch.dtype) -> str | N
         if device != "cuda":
             return f"the tensor is on {device}"
     if backend == "cuda":
-        if not _C.with_cuda():
-            return "this build has no CUDA kernels (nvcc was not found when it was built)"
-        if device != "cuda":
-            return f"the tensor is on {device}"
+        return _obstacle_of_cuda(device)
     if backend == "triton":
         if not _HAS_TRITON:
             return "triton is not installed"
         if device != "cuda" and not (device == "cpu" and _INTERPRETED):
             return f"the tensor is on {device} (Triton runs there only with TRITON_INTERPRET=1 set before the start)"
     return None
+
+
+def _obstacle_of_cuda(device: str) -> str | None:
+    """Why the CUDA kernels can't compute on this device, or None if they can."""
+    if device == "cpu" and os.environ.get("POSTTRAIN_EMULATE_CUDA") == "1":
+        return (
+            None if has_emulated_cuda() else "this build has no posttrain._emulated (-DPOSTTRAIN_EMULATION=ON makes it)"
+        )
+    if not _C.with_cuda():
+        return "this build has no CUDA kernels (nvcc was not found when it was built)"
+    return None if device == "cuda" else f"the tensor is on {device}"
 
 
 def _name(dtype: torch.dtype) -> str:

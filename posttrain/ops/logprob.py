@@ -148,7 +148,7 @@ def _forward(*arguments) -> tuple[Tensor, ...]:
             from posttrain.kernels.logprob import logprob_forward
 
             return logprob_forward(p, save)
-        return logprob_tiled.forward(_contiguous(p), save)
+        return logprob_tiled.forward(_contiguous(p), save, backend)
 
 
 def _fake(*arguments):
@@ -205,7 +205,7 @@ def _gradient(grad_logprob, grad_entropy, grad_lse, logprob, entropy, lse, lse_l
             grads = logprob_backward(p, *incoming, *results, Needs(*needs))
         else:
             logits = saved if save == "logits" else None
-            grads = logprob_tiled.backward(_contiguous(p), *incoming, *results, logits, Needs(*needs))
+            grads = logprob_tiled.backward(_contiguous(p), *incoming, *results, logits, Needs(*needs), backend)
     return _filled(p, grads)
 
 

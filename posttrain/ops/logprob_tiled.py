@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from posttrain import _C
+from posttrain.ops.backend import cuda_kernels, cuda_stream
 from posttrain.ops.logprob_problem import IGNORED, Grads, Needs, Problem, has_gradient
 
 ROWS, COLUMNS = 4096, 2048
@@ -47,8 +48,12 @@ class _Slab(NamedTuple):
     bias: Tensor | None  # [c] wide
 
 
-def forward(p: Problem, save: str) -> tuple[Tensor, ...]:
-    """(logprob, entropy, lse, lse_low, is_top1, saved); `saved` is the unit `[M, H]`, the logits `[M, V]` or empty."""
+def forward(p: Problem, save: str, backend: str) -> tuple[Tensor, ...]:
+    """(logprob, entropy, lse, lse_low, is_top1, saved); `saved` is the unit `[M, H]`, the logits `[M, V]` or empty.
+
+    `backend` is "cpu" or "cuda": whose kernels fold the tiles.
+    """
+    fold = _kernel("logprob_fold", p, backend)
     t = _select(p, p.targets != IGNORED)
     wide = _wide(p)
     state = t.x.new_zeros(5, len(t.y), dtype=wide)  # m, largest other logit, s, t, the target's logit
@@ -60,7 +65,7 @@ def forward(p: Problem, save: str) -> tuple[Tensor, ...]:
         for block in _blocks(p, t):
             tile = _view(buffer, block, slab) if logits is None else logits[block, slab.columns]
             _make_logits(tile, t, block, slab)
-            _fold(tile, p, t.y[block], slab, state[:, block], None if unit is None else unit[block])
+            _fold(fold, tile, p, t.y[block], slab, state[:, block], None if unit is None else unit[block])
             if unit is not None:
                 _add_product(unit[block], tile, slab.weight, beta=0 if slab.columns.start == 0 else 1)
     if unit is not None:
@@ -90,8 +95,10 @@ def backward(
     lse_low: Tensor,
     logits: Tensor | None,
     needs: Needs,
+    backend: str,
 ) -> Grads:
     """All gradients, from the logits recomputed by tiles or cached by the forward; rows with none cost nothing."""
+    make_gradient = _kernel("logprob_grad", p, backend)
     active = has_gradient(p, grad_logprob, grad_entropy, grad_lse)
     if not bool(active.any()):
         return _zeros(p, needs)
@@ -118,6 +125,7 @@ def backward(
             else:
                 source = logits[block, slab.columns] if t.kept is None else logits[t.kept[block], slab.columns]
             _make_gradient(
+                make_gradient,
                 source,
                 tile,
                 p,
@@ -275,9 +283,17 @@ def _add_rows(total: Tensor, rows: Tensor, x: Tensor) -> Tensor:
     return total.index_put_((rows,), x, accumulate=True) if total.is_cuda else total.index_add_(0, rows, x)
 
 
-def _fold(tile: Tensor, p: Problem, y: Tensor, slab: _Slab, state: Tensor, unit: Tensor | None) -> None:
+def _fold(
+    kernel: Callable[..., None],
+    tile: Tensor,
+    p: Problem,
+    y: Tensor,
+    slab: _Slab,
+    state: Tensor,
+    unit: Tensor | None,
+) -> None:
     m, top, s, t, z_target = state
-    _kernel("logprob_fold", tile)(
+    kernel(
         tile.itemsize,
         tile.data_ptr(),
         tile.stride(0),
@@ -297,11 +313,18 @@ def _fold(tile: Tensor, p: Problem, y: Tensor, slab: _Slab, state: Tensor, unit:
 
 
 def _make_gradient(
-    source: Tensor, tile: Tensor, p: Problem, y: Tensor, slab: _Slab, finished: bool, per_row: list[Tensor | None]
+    kernel: Callable[..., None],
+    source: Tensor,
+    tile: Tensor,
+    p: Problem,
+    y: Tensor,
+    slab: _Slab,
+    finished: bool,
+    per_row: list[Tensor | None],
 ) -> None:
     """Gradient of the logits in `source` (raw, or finished z) into `tile`."""
     logprob, entropy, lse, lse_low, grad_logprob, grad_entropy, grad_lse = map(_address, per_row)
-    _kernel("logprob_grad", tile)(
+    kernel(
         tile.itemsize,
         source.data_ptr(),
         source.stride(0),
@@ -323,11 +346,11 @@ def _make_gradient(
     )
 
 
-def _kernel(name: str, tile: Tensor) -> Callable[..., None]:
+def _kernel(name: str, p: Problem, backend: str) -> Callable[..., None]:
     """The C++ kernel, or the CUDA kernel of the same contract on the current stream."""
-    if tile.device.type == "cpu":
+    if backend == "cpu":
         return getattr(_C, name)
-    return partial(getattr(_C, f"cuda_{name}"), torch.cuda.current_stream(tile.device).cuda_stream)
+    return partial(getattr(cuda_kernels(p.hidden), f"cuda_{name}"), cuda_stream(p.hidden))
 
 
 def _transform(p: Problem) -> tuple[float, float, float]:

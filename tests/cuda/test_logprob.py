@@ -4,14 +4,7 @@ import pytest
 import torch
 from tolerance import HALF, assert_as_good_as, assert_true_to
 
-from posttrain import _C
 from posttrain.ops import linear_logprob, logprob_tiled, reference, use_backend
-
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: the CUDA kernels are only compiled"),
-    pytest.mark.skipif(not _C.with_cuda(), reason="this build has no CUDA kernels"),
-]
 
 
 @pytest.fixture(autouse=True)
@@ -48,9 +41,9 @@ def run(op, x: dict[str, torch.Tensor], frozen: bool, outputs: int, **options):
 @pytest.mark.parametrize("softcap", [None, 4.0])
 @pytest.mark.parametrize("outputs", [1, 3])
 @pytest.mark.usefixtures("poison")
-def test_against_the_reference(frozen, softcap, outputs):
+def test_against_the_reference(device, frozen, softcap, outputs):
     options = {"softcap": softcap, "temperature": 0.8, "logit_scale": 1.2}
-    x = inputs("cuda", torch.float32)
+    x = inputs(device, torch.float32)
     for name in ("weight", "bias"):
         x[name].requires_grad_(not frozen)
     with use_backend("cuda"):
@@ -67,9 +60,9 @@ def test_against_the_reference(frozen, softcap, outputs):
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("frozen", [True, False])
 @pytest.mark.usefixtures("poison")
-def test_half_precision(frozen, dtype):
+def test_half_precision(device, frozen, dtype):
     """bfloat16 goes into the GEMMs as it is; log-probabilities are as from float32 copies."""
-    x = inputs("cuda", dtype)
+    x = inputs(device, dtype)
     for name in ("weight", "bias"):
         x[name].requires_grad_(not frozen)
     wide = {name: y.detach().cpu() for name, y in x.items()}
@@ -94,8 +87,7 @@ def plain(hidden, weight, targets, *, rows, bias):
 
 
 @pytest.mark.usefixtures("poison")
-def test_extreme_logits():
-    x = inputs("cuda", torch.float32, n=6, m=6, h=6, v=600)
+def test_extreme_logits(device):
     z = torch.randint(-40, 41, (6, 600), generator=torch.Generator().manual_seed(0)) / 8
     z[0] += 1e4
     z[1] -= 1e4
@@ -104,7 +96,7 @@ def test_extreme_logits():
     with torch.no_grad():
         logits = {"hidden": torch.eye(6) * 128, "weight": z.T / 128, "bias": torch.zeros(600)}
         index = {"targets": torch.tensor([1, 2, 11, 520, 33, 5]), "rows": torch.arange(6)}
-    x = {k: t.cuda().requires_grad_(k in logits) for k, t in (logits | index).items()}
+    x = {k: t.to(device).requires_grad_(k in logits) for k, t in (logits | index).items()}
     wide = {k: t.double().requires_grad_() for k, t in logits.items()} | index
     with use_backend("cuda"):
         ours, grads = run(linear_logprob, x, False, 3, need_entropy=True)
