@@ -62,8 +62,7 @@ class Generation:
 
     def _steady(self, step: Step, drawing: list[Sequence]) -> bool:
         """Whether the next step will be like this one: all drew, with pages of their own, and none can join."""
-        drew = [chunk.sequence for chunk in step.chunks if chunk.draws]
-        same = len(drew) == len(step.chunks) and drew == drawing == self.scheduler.running
+        same = [chunk.sequence for chunk in step.chunks] == drawing == self.scheduler.running
         return same and self._runner.compiled is not None and (not self.scheduler.waiting or step.decodes)
 
     def _step(self, step: Step) -> list[Sequence]:

@@ -8,6 +8,7 @@ from tiny_models import tiny
 
 from posttrain.models import prepare
 from posttrain.rollout import Engine, SamplingParams
+from posttrain.rollout.scheduler import Scheduler
 
 SHORT = SamplingParams(max_tokens=6, ignore_eos=True, seed=0)
 
@@ -245,6 +246,15 @@ def test_a_burst_waits_for_samples_that_share_a_page(make_engine):
     params = [SamplingParams(n=n, max_tokens=8, ignore_eos=True, seed=0) for n in (2, 1)]
     crowded = make_engine(max_sequences=2, max_tokens_per_step=2)
     assert crowded.generate(prompts, params) == make_engine().generate(prompts, params)
+
+
+def test_steps_without_a_change_are_bursts(engine, monkeypatch):
+    calls, next_step = [], Scheduler.next_step
+    monkeypatch.setattr(Scheduler, "next_step", lambda self: calls.append(1) or next_step(self))
+    engine.generate([[5] * 9, [6] * 11], SamplingParams(n=1, max_tokens=20, ignore_eos=True))
+    assert len(calls) == 1 and engine.stats.batch_sizes == [(20, 2)]
+    engine.generate([[5] * 9], SamplingParams(n=2, max_tokens=20, ignore_eos=True))
+    assert len(calls) == 1 + 2  # samples get pages of their own in the second step
 
 
 @pytest.mark.parametrize("name", ["take", "drop", "hold"])
