@@ -3,6 +3,7 @@
 
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
 #include "cuda/kernels.h"
 
@@ -45,11 +46,48 @@ void bound_logprob_grad(address stream, int, address tile, int64_t tile_stride, 
                      at<T>(grad_lse)));
 }
 
+// Start, strides of tokens and heads, heads.
+using head_rows = std::tuple<address, int64_t, int64_t, int>;
+
+HeadRows heads_at(head_rows x) {
+  const auto [start, token_stride, head_stride, heads] = x;
+  return {at<void>(start), token_stride, head_stride, heads};
+}
+
+// As sample of posttrain._C, after a stream and a dtype, with a workspace.
+void bound_sample(address stream, int dtype, address logits, int64_t stride, int64_t rows, int64_t size,
+                  std::tuple<address, address, address, address, address, address> parameters, address workspace,
+                  address tokens, address logprobs) {
+  const auto [temperature, top_k, top_p, min_p, seeds, offsets] = parameters;
+  check(sample(at<void>(stream), dtype, at<void>(logits), stride, rows, size,
+               {at<float>(temperature), at<int64_t>(top_k), at<float>(top_p), at<float>(min_p), at<int64_t>(seeds),
+                at<int64_t>(offsets)},
+               at<void>(workspace), at<int64_t>(tokens), at<float>(logprobs)));
+}
+
+void bound_rms_norm(address stream, int dtype, bool wide_weight, address x, address residual, address weight, address y,
+                    address total, address rstd, int64_t rows, int64_t width, float eps) {
+  check(rms_norm(at<void>(stream), dtype, wide_weight, at<void>(x), at<void>(residual), at<void>(weight), at<void>(y),
+                 at<void>(total), at<float>(rstd), rows, width, eps));
+}
+
+void bound_rope_cache(address stream, int dtype, bool wide_angles, head_rows q, head_rows k, head_rows v, address cos,
+                      address sin, address slots, int64_t tokens, int64_t width, int64_t half, address q_out,
+                      address keys, address values) {
+  check(rope_cache(at<void>(stream), dtype, wide_angles, heads_at(q), heads_at(k), heads_at(v), at<void>(cos),
+                   at<void>(sin), at<int64_t>(slots), tokens, width, half, at<void>(q_out), at<void>(keys),
+                   at<void>(values)));
+}
+
 }  // namespace
 
 void bind_kernels(py::module_& m) {
   m.def("cuda_logprob_fold", &bound_logprob_fold);
   m.def("cuda_logprob_grad", &bound_logprob_grad);
+  m.def("cuda_sample", &bound_sample);
+  m.def("cuda_sample_workspace", &sample_workspace);
+  m.def("cuda_rms_norm", &bound_rms_norm);
+  m.def("cuda_rope_cache", &bound_rope_cache);
 }
 
 }  // namespace posttrain::cuda
