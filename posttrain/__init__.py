@@ -15,6 +15,7 @@ _LAZY = {
     "disable": "posttrain.integrations",
     "enable": "posttrain.integrations",
     "patch": "posttrain.integrations",
+    "shared_prefix": "posttrain.integrations",
     "unpatch": "posttrain.integrations",
 }
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "disable",
     "enable",
     "patch",
+    "shared_prefix",
     "unpatch",
 ]
 

@@ -2,6 +2,7 @@
 
 from posttrain.integrations.counting import counters
 from posttrain.integrations.models import patch, unpatch
+from posttrain.integrations.shared_prefix import shared_prefix
 from posttrain.integrations.switch import disable, enable
 
-__all__ = ["counters", "disable", "enable", "patch", "unpatch"]
+__all__ = ["counters", "disable", "enable", "patch", "shared_prefix", "unpatch"]

@@ -5,6 +5,7 @@ Hooks, and there are no others:
     transformers.PreTrainedModel.from_pretrained    a causal LM that it has loaded is prepared
     transformers.Trainer.__init__                   so is the model a trainer was given, with the adapters on it by then
     trl.trainer.utils                               the one place where TRL calls its language head
+    trl's SFT, DPO, KTO, GRPO and RLOO trainers     the methods that run models (trl_batches.py), when one is made
 
 On a CPU, TRL scores every position and masks the result, and on a GPU those that count; with our op it is the latter
 on both.
@@ -17,6 +18,7 @@ from typing import Any
 
 from posttrain.integrations.counting import count, forget, say
 from posttrain.integrations.models import attach, detach
+from posttrain.integrations.trl_batches import methods, shared
 from posttrain.integrations.trl_logprob import LanguageHead
 from posttrain.integrations.versions import installed
 
@@ -90,11 +92,21 @@ def _loading(theirs: Callable[..., Any]) -> Callable[..., Any]:
 def _making(theirs: Callable[..., None]) -> Callable[..., None]:
     @wraps(theirs)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        _hook_batches(type(self))
         theirs(self, *args, **kwargs)
         count("trainer made")
         attach(self.model)
 
     return __init__
+
+
+def _hook_batches(trainer: type) -> None:
+    hooked = [(owner, name) for owner, name, _ in _undo]
+    for cls, name in methods(trainer):
+        if name not in vars(cls):
+            say(f"posttrain: this trl's {cls.__name__} has no {name}, so its batches keep their padding")
+        elif (cls, name) not in hooked:
+            _replace(cls, name, shared(vars(cls)[name]))
 
 
 def _hook_trl(version: str) -> str:
@@ -106,4 +118,7 @@ def _hook_trl(version: str) -> str:
     theirs = utils._use_triton
     _replace(utils, "_ChunkedLogProbFunction", LanguageHead(utils._ChunkedLogProbFunction.apply))
     _replace(utils, "_use_triton", lambda device: device.type == "cpu" or theirs(device))
-    return "  the language head in TRL's trainers: linear_logprob"
+    return (
+        "  the language head in TRL's trainers: linear_logprob\n"
+        "  the batches of TRL's SFT, DPO, KTO, GRPO and RLOO trainers: padding left out, common prefixes computed once"
+    )

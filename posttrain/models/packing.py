@@ -4,7 +4,9 @@ As one row, the layout travels as a keyword to our attention, positions restart 
 else in the decoder must work token by token (trial.py).
 """
 
+from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,18 +16,23 @@ from posttrain.ops.layout import PackedLayout
 
 
 def run_packed(decoder: nn.Module, input_ids: Tensor, layout: PackedLayout) -> Tensor:
-    """Hidden states `[T, H]` of the tokens `[T]`, from one row of T tokens.
+    """Hidden states `[T, H]` of the tokens `[T]`, from one row of T tokens."""
+    return packed_output(decoder, input_ids, layout).last_hidden_state.squeeze(0)
+
+
+def packed_output(decoder: Callable[..., Any], input_ids: Tensor, layout: PackedLayout, **kwargs: Any) -> Any:
+    """What `decoder`, or its forward, gives for one row of the T tokens.
 
     A mask of four dimensions is handed on as it is, so transformers makes no `[T, T]` one; our attention ignores it.
     """
-    output = decoder(
+    return decoder(
         input_ids=input_ids.unsqueeze(0),
         position_ids=layout.positions.long().unsqueeze(0),
         attention_mask=torch.empty(1, 1, 0, 0, device=input_ids.device),
         use_cache=False,
         layout=layout,
+        **kwargs,
     )
-    return output.last_hidden_state.squeeze(0)
 
 
 def run_padded(decoder: nn.Module, input_ids: Tensor, layout: PackedLayout) -> Tensor:

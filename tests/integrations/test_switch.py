@@ -1,5 +1,7 @@
 """enable and disable: TRL's own trainers with and without our hooks, and that nothing stays behind."""
 
+import operator
+
 import pytest
 import torch
 import transformers
@@ -16,6 +18,7 @@ from trl.trainer import utils
 
 import posttrain
 from posttrain.integrations import counters
+from posttrain.integrations.trl_batches import methods
 from posttrain.models import prepare
 from posttrain.models.prepare import is_prepared
 
@@ -50,6 +53,10 @@ class Recorder(TrainerCallback):
 
 def hooks() -> list:
     return [vars(owner)[name] for owner, name in HOOKS]
+
+
+def methods_of(trainer) -> list:
+    return [vars(cls)[name] for cls, name in methods(type(trainer))]
 
 
 def prompts_and_completions(rows):
@@ -109,13 +116,14 @@ def trained(case, model_dir, output_dir, rows):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("case", CASES)
 def test_trainers_of_trl(case, model_dir, rows, tmp_path):
-    expected, their_gradients, _ = trained(case, model_dir, tmp_path / "theirs", rows)
-    before = hooks()
+    expected, their_gradients, trainer = trained(case, model_dir, tmp_path / "theirs", rows)
+    before = hooks() + methods_of(trainer)
     posttrain.enable()
     try:
         found, gradients, trainer = trained(case, model_dir, tmp_path / "ours", rows)
         fired = counters()
         assert is_prepared(trainer.model)
+        assert all(map(operator.is_not, hooks() + methods_of(trainer), before))
     finally:
         posttrain.disable()
     assert len(found) == len(expected) == len(gradients) == STEPS
@@ -131,8 +139,10 @@ def test_trainers_of_trl(case, model_dir, rows, tmp_path):
     assert fired["trainer made"] == 1
     assert fired["model prepared"] == (1 if case.startswith("SFT") else 2)  # the policy and its reference
     assert fired["language head by linear_logprob"] >= STEPS
+    alone = fired.get("batch without padding", 0) if case.startswith("SFT") else 0
+    assert alone + fired.get("batch with shared prefixes", 0) >= STEPS
     assert not [what for what in fired if "left" in what]
-    assert hooks() == before
+    assert hooks() + methods_of(trainer) == before
     assert not is_prepared(trainer.model)
     assert trainer.model.config._attn_implementation == "sdpa"
 
