@@ -20,6 +20,8 @@ from posttrain.models.packing import packed_output
 from posttrain.models.prepare import is_prepared
 
 _ATTENTION = "posttrain"
+_BATCH = ("attention_mask", "position_ids", "cache_position")
+_PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")  # for other attentions
 _RECORDED = ("output_attentions", "output_hidden_states", "output_router_logits")
 
 
@@ -98,7 +100,7 @@ class _Forward:
     def _run(self, batch: Regrouped, kwargs: dict[str, Any]) -> Any:
         shared = batch.layout.num_tokens < batch.tokens
         count("batch with shared prefixes" if shared else "batch without padding")
-        ours = ("attention_mask", "position_ids", "use_cache", "past_key_values", "inputs_embeds", "cache_position")
+        ours = (*_BATCH, *_PACKING, "use_cache", "past_key_values", "inputs_embeds")
         rest = {name: value for name, value in kwargs.items() if name not in ours}
         output = packed_output(self.theirs, batch.input_ids, batch.layout, **rest)
         output.last_hidden_state = batch.spread(output.last_hidden_state[0])
@@ -135,7 +137,6 @@ def _not_alone(config: Any, input_ids: Tensor | None, arguments: tuple[Any, ...]
             return f"{name} asks for more than the last hidden states"
     if arguments or kwargs.get("return_dict") is False:
         return "the decoder is called with arguments by position, or for a tuple"
-    known = ("attention_mask", "position_ids", "cache_position")
-    other = [name for name, value in kwargs.items() if isinstance(value, Tensor) and name not in known]
-    tensors = [name for name in other if kwargs[name].ndim]
+    other = {name: value for name, value in kwargs.items() if name not in (*_BATCH, *_PACKING)}
+    tensors = [name for name, value in other.items() if isinstance(value, Tensor) and value.ndim]
     return f"{', '.join(tensors)} would have to be regrouped, too" if tensors else None
