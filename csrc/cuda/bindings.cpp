@@ -79,6 +79,46 @@ void bound_rope_cache(address stream, int dtype, bool wide_angles, head_rows q, 
                    at<void>(values)));
 }
 
+// packed, absmax, nested absmax, code and offset; block and nested block, as in posttrain._C.
+using nf4 = std::tuple<address, address, address, address, address, int64_t, int64_t>;
+
+Nf4 matrix(const nf4& w) {
+  const auto [packed, absmax, nested, code, offset, block, nested_block] = w;
+  return {at<uint8_t>(packed), nested ? nullptr : at<float>(absmax), nested ? at<uint8_t>(absmax) : nullptr,
+          at<float>(nested),   at<float>(code), at<float>(offset), block, nested_block};
+}
+
+void bound_nf4_dequantize(address stream, const nf4& w, int64_t first, int64_t count, int dtype, address out) {
+  check(nf4_dequantize(at<void>(stream), matrix(w), first, count, dtype, at<void>(out)));
+}
+
+void bound_nf4_matvec(address stream, const nf4& w, address x, int dtype, int64_t rows, int64_t width, int64_t height,
+                      address base, int64_t base_stride, address y, int64_t y_stride, address a, address b,
+                      int adapter_dtype, int64_t ranks, float scale, address u, address counters, bool spans) {
+  const Nf4Adapter adapter = {at<void>(a), at<void>(b), adapter_dtype, ranks, scale, at<float>(u), at<int>(counters)};
+  check(nf4_matvec(at<void>(stream), matrix(w), at<void>(x), dtype, rows, width, height, at<void>(base), base_stride,
+                   at<void>(y), y_stride, adapter, spans));
+}
+
+void bound_lora_shrink(address stream, address x, int dtype, int64_t stride, int64_t rows, int64_t width,
+                       address adapter, address a, int a_dtype, int64_t adapters, int64_t ranks, address scale,
+                       address u, bool spans) {
+  check(lora_shrink(at<void>(stream), at<void>(x), dtype, stride, rows, width, at<int64_t>(adapter), at<void>(a),
+                    a_dtype, adapters, ranks, at<float>(scale), at<float>(u), spans));
+}
+
+void bound_lora_expand(address stream, address u, address adapter, address b, int b_dtype, int64_t adapters,
+                       int64_t ranks, address y, int dtype, int64_t stride, int64_t rows, int64_t height) {
+  check(lora_expand(at<void>(stream), at<float>(u), at<int64_t>(adapter), at<void>(b), b_dtype, adapters, ranks,
+                    at<void>(y), dtype, stride, rows, height));
+}
+
+void bound_lora_outer(address stream, address v, int64_t ranks, address x, int dtype, int64_t stride, int64_t rows,
+                      int64_t width, address adapter, int64_t adapters, address grad) {
+  check(lora_outer(at<void>(stream), at<float>(v), ranks, at<void>(x), dtype, stride, rows, width,
+                   at<int64_t>(adapter), adapters, at<float>(grad)));
+}
+
 }  // namespace
 
 void bind_kernels(py::module_& m) {
@@ -88,6 +128,11 @@ void bind_kernels(py::module_& m) {
   m.def("cuda_sample_workspace", &sample_workspace);
   m.def("cuda_rms_norm", &bound_rms_norm);
   m.def("cuda_rope_cache", &bound_rope_cache);
+  m.def("cuda_nf4_dequantize", &bound_nf4_dequantize);
+  m.def("cuda_nf4_matvec", &bound_nf4_matvec);
+  m.def("cuda_lora_shrink", &bound_lora_shrink);
+  m.def("cuda_lora_expand", &bound_lora_expand);
+  m.def("cuda_lora_outer", &bound_lora_outer);
 }
 
 }  // namespace posttrain::cuda

@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "nf4.h"
+
 namespace posttrain::cuda {
 
 // Element types, as CUDA_DTYPES in posttrain/ops/backend.py.
@@ -64,5 +66,41 @@ struct HeadRows {
 int rope_cache(void* stream, int dtype, bool wide_angles, HeadRows q, HeadRows k, HeadRows v, const void* cos,
                const void* sin, const int64_t* slots, int64_t tokens, int64_t width, int64_t half, void* q_out,
                void* keys, void* values);
+
+// nf4.cu
+
+// out = elements [first, first + count) of the matrix.
+int nf4_dequantize(void* stream, Nf4 w, int64_t first, int64_t count, int dtype, void* out);
+
+// scale (x A^T) B^T for A [ranks, K] and B [N, ranks], of the dtype of x or float32; ranks 0 for none.
+struct Nf4Adapter {
+  const void *a, *b;
+  int dtype;
+  int64_t ranks;
+  float scale;
+  float* u;       // [rows, ranks]
+  int* counters;  // 3 zeros, and zeros again afterwards
+};
+
+// y = base + x W^T + the adapter's part for up to 16 rows; base [rows, N], or [N] with a stride of 0, or null, may be y.
+// `spans` for half precision with K and blocks of multiples of 64, x and A 16-byte and packed 8-byte aligned; without
+// it the adapter is float32.
+int nf4_matvec(void* stream, Nf4 w, const void* x, int dtype, int64_t rows, int64_t width, int64_t height,
+               const void* base, int64_t base_stride, void* y, int64_t y_stride, Nf4Adapter adapter, bool spans);
+
+// lora.cu: rows [rows, ...] name one of `adapters`, or -1 for none, with A [adapters, ranks, width], B [adapters, height,
+// ranks], u and v [rows, ranks]. Rows without an adapter are left as they are.
+
+// u = scale[adapter] x A^T. A has the dtype of x or float32. `spans` for half precision with a width and a stride of
+// multiples of 64 and 8, for float32 of 8, 16-byte aligned; without it A is float32.
+int lora_shrink(void* stream, const void* x, int dtype, int64_t stride, int64_t rows, int64_t width,
+                const int64_t* adapter, const void* a, int a_dtype, int64_t adapters, int64_t ranks,
+                const float* scale, float* u, bool spans);
+// y += u B^T. B has the dtype of y or float32.
+int lora_expand(void* stream, const float* u, const int64_t* adapter, const void* b, int b_dtype, int64_t adapters,
+                int64_t ranks, void* y, int dtype, int64_t stride, int64_t rows, int64_t height);
+// grad [adapters, ranks, width] = v^T x over the rows of each adapter.
+int lora_outer(void* stream, const float* v, int64_t ranks, const void* x, int dtype, int64_t stride, int64_t rows,
+               int64_t width, const int64_t* adapter, int64_t adapters, float* grad);
 
 }  // namespace posttrain::cuda

@@ -1,0 +1,175 @@
+// Products of up to 16 rows of x with rows of a matrix: c[r][n] = sum over k of x[r][k] w[n][k], in float32.
+//
+// On tensor cores a block's warps take spans of 64 elements in turn. As in cuda/mma.h, lane 4g + t has rows g and g + 8
+// of x, and row g of every eight of the matrix; of a span it has elements 16t to 16t + 15 of each, 32 bytes of half
+// precision, which are operands of four products as they lie in memory. Elsewhere a warp takes one row of the matrix,
+// a lane some of its elements.
+//
+// What happens to a row of x depends neither on the others nor on their number.
+#pragma once
+
+#include "cuda/mma.h"
+
+namespace posttrain::cuda {
+
+constexpr int kRows = 16, kSpan = 64;
+constexpr int kWarps = 16, kThreads = 32 * kWarps;
+
+// Of 16 rows of x over a span, what one lane has.
+struct Rows {
+  unsigned low[8], high[8];
+
+  // Operand of product s, of four.
+  __device__ uint4 operator[](int s) const {
+    return make_uint4(low[2 * s], high[2 * s], low[2 * s + 1], high[2 * s + 1]);
+  }
+};
+
+// 16 elements from a 16-byte aligned address; zeros from none.
+template <class T>
+__device__ inline void load_span(const T* from, unsigned (&to)[8]) {
+  const uint4 none = make_uint4(0, 0, 0, 0);
+  const uint4 a = from ? reinterpret_cast<const uint4*>(from)[0] : none;
+  const uint4 b = from ? reinterpret_cast<const uint4*>(from)[1] : none;
+  to[0] = a.x, to[1] = a.y, to[2] = a.z, to[3] = a.w;
+  to[4] = b.x, to[5] = b.y, to[6] = b.z, to[7] = b.w;
+}
+
+// 8 kTiles rows of a matrix [height, width] from row `first` on, in the dtype of x, or in float32: then as the sums of
+// two numbers of half precision, 2^-17 of the truth.
+template <class T, class P, int kTiles>
+struct DenseRows {
+  const P* own[kTiles];  // this lane's row of each eight, at its first element
+
+  struct Piece {
+    uint4 bits[kTiles][sizeof(P)];
+  };
+
+  __device__ DenseRows(const P* matrix, int64_t first, int64_t height, int64_t width) {
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) own[j] = matrix + min(first + 8 * j + g, height - 1) * width + 16 * t;
+  }
+
+  __device__ Piece piece(int64_t span) const {
+    Piece p;
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+      for (int i = 0; i < int(sizeof(P)); ++i)
+        p.bits[j][i] = reinterpret_cast<const uint4*>(own[j] + span * kSpan)[i];
+    }
+    return p;
+  }
+
+  __device__ void multiply_by(const Rows& x, const Piece& p, float (&sums)[kTiles][4]) const {
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+      for (int s = 0; s < 4; ++s) {
+        if constexpr (sizeof(P) == 2) {
+          const uint4 w = p.bits[j][s / 2];
+          multiply<T>(sums[j], x[s], s % 2 ? make_uint2(w.z, w.w) : make_uint2(w.x, w.y));
+        } else {
+          const uint4 bits = p.bits[j][s];
+          const float w[4] = {__uint_as_float(bits.x), __uint_as_float(bits.y), __uint_as_float(bits.z),
+                              __uint_as_float(bits.w)};
+          float rest[4];
+#pragma unroll
+          for (int i = 0; i < 4; ++i) rest[i] = w[i] - to_float(T(w[i]));
+          multiply<T>(sums[j], x[s], make_uint2(paired<T>(w[0], w[1]), paired<T>(w[2], w[3])));
+          multiply<T>(sums[j], x[s], make_uint2(paired<T>(rest[0], rest[1]), paired<T>(rest[2], rest[3])));
+        }
+      }
+    }
+  }
+};
+
+// Adds to `sums` the products of the warp's spans. `low` and `high` are this lane's rows at their first element, or
+// null. prepare() is called once, by all threads, when the first loads are under way.
+template <class T, int kTiles, class Matrix, class Prepare>
+__device__ inline void multiply_rows(const T* low, const T* high, int64_t spans, const Matrix& w, Prepare prepare,
+                                     float (&sums)[kTiles][4]) {
+  int64_t span = threadIdx.x / 32;
+  typename Matrix::Piece next;
+  if (span < spans) next = w.piece(span);
+  prepare();
+  for (; span < spans; span += kWarps) {
+    const typename Matrix::Piece piece = next;
+    if (span + kWarps < spans) next = w.piece(span + kWarps);
+    Rows x;
+    load_span(low ? low + span * kSpan : nullptr, x.low);
+    load_span(high ? high + span * kSpan : nullptr, x.high);
+    w.multiply_by(x, piece, sums);
+  }
+}
+
+// The sums of all warps, [kRows, 8 kTiles] each, one after the other.
+template <int kTiles>
+__device__ inline void store_sums(const float (&sums)[kTiles][4], float* of_warps) {
+  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  float* own = of_warps + threadIdx.x / 32 * (kRows * 8 * kTiles) + g * 8 * kTiles + 2 * t;
+#pragma unroll
+  for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) own[(i / 2 * 8) * 8 * kTiles + 8 * j + i % 2] = sums[j][i];
+  }
+}
+
+// c[r][n] from what store_sums stored.
+template <int kTiles>
+__device__ inline float total_of_warps(const float* of_warps, int r, int n) {
+  float total = 0.0f;
+#pragma unroll
+  for (int warp = 0; warp < kWarps; ++warp) total += of_warps[(warp * kRows + r) * 8 * kTiles + n];
+  return total;
+}
+
+// A row in float32 [width], in units of elements: of 8, 16-byte aligned, or of 2.
+template <int kUnit>
+struct DenseRow {
+  const float* row;
+  int64_t width;
+
+  __device__ int64_t units() const { return (width + kUnit - 1) / kUnit; }
+
+  // The values of a unit, and where it begins.
+  __device__ int64_t unit(int64_t i, float (&v)[kUnit]) const {
+    if constexpr (kUnit == 8) {
+      const Vector<float> a = load_vector(row + 8 * i), b = load_vector(row + 8 * i + 4);
+#pragma unroll
+      for (int e = 0; e < 8; ++e) v[e] = e < 4 ? a[e] : b[e - 4];
+    } else {
+      for (int e = 0; e < kUnit; ++e) v[e] = kUnit * i + e < width ? row[kUnit * i + e] : 0.0f;
+    }
+    return kUnit * i;
+  }
+};
+
+// The warp's sums for up to 16 rows, of which row(r) is the address, with one row of a matrix.
+template <int kUnit, class RowOf, class Matrix>
+__device__ inline void multiply_rows_plainly(RowOf row, int rows, int64_t width, const Matrix& w,
+                                             float (&sums)[kRows]) {
+  for (int64_t i = threadIdx.x % 32, units = w.units(); i < units; i += 32) {
+    float v[kUnit];
+    const int64_t k = w.unit(i, v);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      if (r >= rows) break;
+      const auto* x = row(r) + k;
+      if constexpr (kUnit == 8) {
+        const Vector<float> a = load_vector(x), b = load_vector(x + 4);
+#pragma unroll
+        for (int e = 0; e < 8; ++e) sums[r] = fmaf(e < 4 ? a[e] : b[e - 4], v[e], sums[r]);
+      } else {
+#pragma unroll
+        for (int e = 0; e < kUnit; ++e)
+          if (k + e >= 0 && k + e < width) sums[r] = fmaf(load(x + e), v[e], sums[r]);
+      }
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) sums[r] = reduce_warp(sums[r], Sum{});
+}
+
+}  // namespace posttrain::cuda
