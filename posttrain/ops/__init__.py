@@ -12,6 +12,7 @@ from posttrain.ops.packed_attention import packed_attention
 from posttrain.ops.paged_attention import paged_attention, write_cache
 from posttrain.ops.rms_norm import rms_norm
 from posttrain.ops.rope import rope
+from posttrain.ops.rope_cache import rope_cache
 from posttrain.ops.sample import sample
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "quantize_nf4",
     "rms_norm",
     "rope",
+    "rope_cache",
     "sample",
     "swiglu",
     "use_backend",

@@ -15,7 +15,7 @@ as C++ (posttrain._emulated, which a build with -DPOSTTRAIN_EMULATION=ON has).
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
@@ -35,13 +35,14 @@ _TRITON = (torch.float32, *_HALF)
 
 # op -> backend -> dtypes; every op has the backend "reference", for every floating dtype.
 SUPPORT: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
-    "rms_norm": {"cpu": _WIDE, "triton": _TRITON},
+    "rms_norm": {"cpu": _WIDE, "triton": _TRITON, "cuda": _TRITON},
     "rope": {"cpu": _WIDE, "triton": _TRITON},
+    "rope_cache": {"cpu": _WIDE, "triton": _TRITON, "cuda": _TRITON},
     "swiglu": {"cpu": _WIDE, "triton": _TRITON},
     "geglu": {"cpu": _WIDE, "triton": _TRITON},
     "packed_attention": {"cpu": (*_WIDE, *_HALF), "triton": _TRITON, "flash-attn": _HALF},
     "paged_attention": {"cpu": (*_WIDE, *_HALF), "triton": _TRITON},
-    "sample": {"cpu": (torch.float32, *_HALF), "triton": _TRITON},
+    "sample": {"cpu": (torch.float32, *_HALF), "triton": _TRITON, "cuda": _TRITON},
     "nf4_dequantize": {"cpu": (*_WIDE, *_HALF), "triton": _TRITON},
     "nf4_linear": {"cpu": (*_WIDE, *_HALF), "triton": _TRITON},
     "lora_linear": {"cpu": (*_WIDE, *_HALF), "triton": _TRITON},
@@ -134,6 +135,11 @@ def cuda_kernels(tensor: Tensor) -> ModuleType:
 def cuda_stream(tensor: Tensor) -> int:
     """The current stream of the tensor's device, as kernels take it; 0 on a CPU."""
     return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
+
+
+def cuda_device(tensor: Tensor) -> AbstractContextManager[object]:
+    """The context in which kernels for the tensor are launched: its GPU is the current one."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def _obstacle(op: str, backend: str, device: str, dtype: torch.dtype) -> str | None:

@@ -90,7 +90,7 @@ def write_cache(k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tensor, sl
     Raises:
         ValueError: shapes, dtypes or devices that don't fit, with the numbers; on the CPU also slots out of range.
     """
-    _check_write(k, v, key_cache, value_cache, slots)
+    check_write(k, v, key_cache, value_cache, slots)
     _write_cache(k, v, key_cache, value_cache, slots)
 
 
@@ -150,7 +150,8 @@ def _check(
         )
 
 
-def _check_write(k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor) -> None:
+def check_write(k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor) -> None:
+    """Raise what `write_cache` raises."""
     shapes = f"k {list(k.shape)}, v {list(v.shape)}, caches {list(key_cache.shape)} and {list(value_cache.shape)}"
     if key_cache.ndim != 4 or key_cache.shape != value_cache.shape or k.shape != v.shape:
         raise ValueError(f"write_cache: needs k and v [T, Hkv, D] and caches [P, page_size, Hkv, D]; got {shapes}")

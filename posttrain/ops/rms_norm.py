@@ -17,7 +17,7 @@ from torch import Tensor
 
 from posttrain import _C
 from posttrain.ops import reference
-from posttrain.ops.backend import backend_for
+from posttrain.ops.backend import CUDA_DTYPES, backend_for, cuda_device, cuda_kernels, cuda_stream
 from posttrain.ops.library import define
 
 
@@ -72,6 +72,8 @@ def _forward(
         from posttrain.kernels.rms_norm import rms_norm_forward
 
         return rms_norm_forward(x, weight, eps, residual)
+    if backend == "cuda":
+        return _cuda_forward(x, weight, eps, residual)
     return _cpu_forward(x, weight, eps, residual)
 
 
@@ -106,7 +108,7 @@ def _backward(ctx, grad_y, grad_total, grad_rstd):
 def _gradient(
     grad_y: Tensor, grad_total: Tensor | None, total: Tensor, weight: Tensor, rstd: Tensor, backend: str
 ) -> tuple[Tensor, Tensor]:
-    if backend == "triton":
+    if backend in ("triton", "cuda"):
         from posttrain.kernels.rms_norm import rms_norm_backward
 
         return rms_norm_backward(grad_y, grad_total, total, weight, rstd)
@@ -135,6 +137,29 @@ def _cpu_forward(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None)
         x.shape[-1],
         eps,
     )
+    return y, total, rstd
+
+
+def _cuda_forward(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None):
+    x, weight = x.contiguous(), weight.contiguous()
+    weight = weight if weight.dtype == x.dtype else weight.float()
+    residual = None if residual is None else residual.contiguous()
+    y, total, rstd = _fake(x, weight, eps, residual, "cuda")
+    with cuda_device(x):
+        cuda_kernels(x).cuda_rms_norm(
+            cuda_stream(x),
+            CUDA_DTYPES[x.dtype],
+            weight.dtype == torch.float32,
+            x.data_ptr(),
+            0 if residual is None else residual.data_ptr(),
+            weight.data_ptr(),
+            y.data_ptr(),
+            total.data_ptr(),
+            rstd.data_ptr(),
+            rstd.numel(),
+            x.shape[-1],
+            eps,
+        )
     return y, total, rstd
 
 

@@ -45,14 +45,15 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1)
     Raises:
         ValueError: shapes, dtypes or devices that don't fit, with the numbers.
     """
-    _check(q, k, cos, sin, unsqueeze_dim)
+    check_rope(q, k, cos, sin, unsqueeze_dim)
     backend = backend_for("rope", q)
     if backend == "reference":
         return reference.rope(q, k, cos.detach(), sin.detach(), unsqueeze_dim)
     return _rope(q, k, cos, sin, unsqueeze_dim - q.ndim, backend)
 
 
-def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int) -> None:
+def check_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int) -> None:
+    """Raise what `rope` raises."""
     if q.ndim not in (3, 4) or not q.is_floating_point():
         raise ValueError(f"rope: q must be floating with 3 or 4 dimensions, got {q.dtype} {list(q.shape)}")
     if not q.ndim - 3 <= unsqueeze_dim <= q.ndim - 2:

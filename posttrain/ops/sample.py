@@ -27,7 +27,7 @@ from torch import Tensor
 
 from posttrain import _C
 from posttrain.ops import reference
-from posttrain.ops.backend import backend_for
+from posttrain.ops.backend import CUDA_DTYPES, backend_for, cuda_device, cuda_kernels, cuda_stream
 from posttrain.ops.library import define
 
 
@@ -141,9 +141,11 @@ def _forward(
         from posttrain.kernels.sample import sample_rows
 
         return sample_rows(logits, temperature, top_k, top_p, min_p, seeds, offsets)
-    logits = logits.float()
+    logits = logits if backend == "cuda" else logits.float()
     logits = logits if logits.stride(-1) == 1 else logits.contiguous()
     parameters = [x.contiguous() for x in (temperature, top_k, top_p, min_p, seeds, offsets)]
+    if backend == "cuda":
+        return _cuda_forward(logits, parameters)
     tokens, logprobs = torch.empty_like(seeds), logits.new_empty(len(logits))
     _C.sample(
         logits.data_ptr(),
@@ -154,6 +156,25 @@ def _forward(
         logprobs.data_ptr(),
         torch.get_num_threads(),
     )
+    return tokens, logprobs
+
+
+def _cuda_forward(logits: Tensor, parameters: list[Tensor]) -> tuple[Tensor, Tensor]:
+    kernels = cuda_kernels(logits)
+    tokens, logprobs = torch.empty_like(parameters[-1]), logits.new_empty(len(logits), dtype=torch.float32)
+    workspace = logits.new_empty(kernels.cuda_sample_workspace(*logits.shape), dtype=torch.uint8)
+    with cuda_device(logits):
+        kernels.cuda_sample(
+            cuda_stream(logits),
+            CUDA_DTYPES[logits.dtype],
+            logits.data_ptr(),
+            logits.stride(0),
+            *logits.shape,
+            tuple(x.data_ptr() for x in parameters),
+            workspace.data_ptr(),
+            tokens.data_ptr(),
+            logprobs.data_ptr(),
+        )
     return tokens, logprobs
 
 
