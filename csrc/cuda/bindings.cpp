@@ -119,6 +119,44 @@ void bound_lora_outer(address stream, address v, int64_t ranks, address x, int d
                    at<int64_t>(adapter), adapters, at<float>(grad)));
 }
 
+void bound_layout_expand(address stream, address lengths, address parents, int64_t segments, int64_t tokens,
+                         address workspace, address visible_until, address positions) {
+  using T = int32_t;
+  check(layout_expand(at<void>(stream), at<T>(lengths), at<T>(parents), segments, tokens, at<T>(workspace),
+                      at<T>(visible_until), at<T>(positions)));
+}
+
+void bound_layout_schedule(address stream, address visible_until, address positions, int64_t tokens, address schedule,
+                           int64_t blocks) {
+  using T = int32_t;
+  check(layout_schedule(at<void>(stream), at<T>(visible_until), at<T>(positions), tokens, at<T>(schedule), blocks));
+}
+
+// Addresses and strides: q, k and v, of which the last dimension is contiguous, the block table, and the parts.
+using token_heads = std::tuple<address, int64_t, int64_t>;
+using page_heads = std::tuple<address, int64_t, int64_t, int64_t>;
+using page_table = std::tuple<address, int64_t, address>;
+using split_parts = std::tuple<address, address, address>;
+using decode_sizes = std::tuple<int, int, int, int, int, int>;
+using score_options = std::tuple<float, float, int>;
+
+void bound_paged_decode(address stream, int dtype, token_heads q, page_heads k, page_heads v, page_table table,
+                        address sinks, split_parts parts, decode_sizes sizes, score_options options, address out) {
+  const auto [q_data, q_token, q_head] = q;
+  const auto pages = [](const page_heads& x) {
+    return PagedView{at<void>(std::get<0>(x)), std::get<1>(x), std::get<2>(x), std::get<3>(x)};
+  };
+  const auto [block_table, table_row, contexts] = table;
+  const auto [part_out, part_top, part_total] = parts;
+  const auto [sequences, heads, key_heads, width, page_bits, splits] = sizes;
+  const auto [scale, softcap, window] = options;
+  const PagedDecode f = {at<void>(q_data), q_token, q_head, pages(k), pages(v), at<int32_t>(block_table), table_row,
+                         at<int32_t>(contexts), at<float>(sinks), at<float>(part_out), at<float>(part_top),
+                         at<float>(part_total), sequences, heads, key_heads, width, page_bits, splits, scale, softcap,
+                         window};
+  check(paged_decode(at<void>(stream), dtype, f, at<void>(out)));
+}
+
 }  // namespace
 
 void bind_kernels(py::module_& m) {
@@ -133,6 +171,10 @@ void bind_kernels(py::module_& m) {
   m.def("cuda_lora_shrink", &bound_lora_shrink);
   m.def("cuda_lora_expand", &bound_lora_expand);
   m.def("cuda_lora_outer", &bound_lora_outer);
+  m.def("cuda_layout_expand", &bound_layout_expand);
+  m.def("cuda_layout_schedule", &bound_layout_schedule);
+  m.def("cuda_paged_split", &paged_split);
+  m.def("cuda_paged_decode", &bound_paged_decode);
 }
 
 }  // namespace posttrain::cuda

@@ -103,4 +103,41 @@ int lora_expand(void* stream, const float* u, const int64_t* adapter, const void
 int lora_outer(void* stream, const float* v, int64_t ranks, const void* x, int dtype, int64_t stride, int64_t rows,
                int64_t width, const int64_t* adapter, int64_t adapters, float* grad);
 
+// packed_layout.cu: what posttrain/ops/layout.py computes elsewhere, integer for integer.
+
+// visible_until and positions [tokens] of a checked forest (csrc/layout.h) of fewer than 2^31 tokens and segments, in a
+// workspace [3, segments].
+int layout_expand(void* stream, const int32_t* lengths, const int32_t* parents, int64_t segments, int64_t tokens,
+                  int32_t* workspace, int32_t* visible_until, int32_t* positions);
+// PackedLayout.schedule, [5, blocks].
+int layout_schedule(void* stream, const int32_t* visible_until, const int32_t* positions, int64_t tokens,
+                    int32_t* schedule, int64_t blocks);
+
+// paged_attention.cu
+
+// Keys or values [pages, page_size, key_heads, width]; strides in elements, lines aligned to 16 bytes.
+struct PagedView {
+  const void* data;
+  int64_t page, token, head;
+};
+
+// One query of each sequence over its pages. Every split of paged_split() keys leaves its part, of
+// [sequences, heads, splits], in part_out [.., width], part_top and part_total. window 0, softcap 0, sinks null: none.
+struct PagedDecode {
+  const void* q;
+  int64_t q_token, q_head;
+  PagedView k, v;
+  const int32_t* table;
+  int64_t table_row;
+  const int32_t* contexts;
+  const float* sinks;
+  float *part_out, *part_top, *part_total;
+  int sequences, heads, key_heads, width, page_bits, splits;
+  float scale, softcap;
+  int window;
+};
+int paged_split();
+// out [sequences, heads, width], for width at most 256 in whole 16 bytes.
+int paged_decode(void* stream, int dtype, const PagedDecode& f, void* out);
+
 }  // namespace posttrain::cuda
