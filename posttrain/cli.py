@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import Any, NamedTuple, NoReturn
 
 from posttrain import __version__
+from posttrain.bench.commands import add_command
 from posttrain.rollout.commands import add_commands
 from posttrain.train.config import ConfigError, TrainConfig, fields_of, read_yaml
 from posttrain.train.dpo_config import DPOConfig
@@ -76,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_fields(command, method.config)
         command.set_defaults(run=_train, method=method)
     add_commands(commands)
+    add_command(commands)
     doctor = commands.add_parser("doctor", help="show what this machine has and which backends it would use")
     doctor.set_defaults(run=_doctor)
     return parser

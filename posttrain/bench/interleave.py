@@ -43,6 +43,18 @@ class Comparison:
     seconds: dict[str, Spread]
     speedup: dict[str, Spread]
 
+    @staticmethod
+    def of(baseline: str, samples: Mapping[str, list[float]]) -> "Comparison":
+        """From the seconds of each round, by name; the ratio of two is taken round by round."""
+        ratios = {
+            name: [b / s for b, s in zip(samples[baseline], values, strict=True)] for name, values in samples.items()
+        }
+        return Comparison(
+            baseline,
+            {name: Spread.of(values) for name, values in samples.items()},
+            {name: Spread.of(values) for name, values in ratios.items()},
+        )
+
     def table(self, title: str) -> str:
         """The comparison as text, one line per function."""
         width = max(map(len, (title, *self.seconds)))
@@ -66,15 +78,25 @@ def interleave(
     min_seconds: float = 0.005,
     keep_freed_memory: bool = True,
 ) -> Comparison:
-    """Time `functions`, each of which takes no argument, against the one named `baseline`.
+    """Time `functions` in turn, as `alternate` does, against the one named `baseline`."""
+    if baseline not in functions:
+        raise ValueError(f"interleave: no function named {baseline!r} among {', '.join(functions)}")
+    return Comparison.of(baseline, alternate(functions, rounds, min_seconds, keep_freed_memory))
+
+
+def alternate(
+    functions: Mapping[str, Callable[[], object]],
+    rounds: int = 15,
+    min_seconds: float = 0.005,
+    keep_freed_memory: bool = True,
+) -> dict[str, list[float]]:
+    """Seconds per call of `functions`, each of which takes no argument, by name and round.
 
     A sample is one call, or as many calls as last `min_seconds`. Every function is called before, twice if a call
     takes less than a second. Once freed memory is kept, it is for the rest of the process.
     """
     if keep_freed_memory:
         _keep_freed_memory()
-    if baseline not in functions:
-        raise ValueError(f"interleave: no function named {baseline!r} among {', '.join(functions)}")
     calls = {}
     for name, function in functions.items():
         first = _sample(function, 1)
@@ -85,12 +107,7 @@ def interleave(
         start = turn % len(names)
         for name in names[start:] + names[:start]:
             samples[name].append(_sample(functions[name], calls[name]))
-    ratios = {name: [b / s for b, s in zip(samples[baseline], samples[name], strict=True)] for name in names}
-    return Comparison(
-        baseline,
-        {name: Spread.of(values) for name, values in samples.items()},
-        {name: Spread.of(values) for name, values in ratios.items()},
-    )
+    return samples
 
 
 def _keep_freed_memory() -> None:

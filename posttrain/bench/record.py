@@ -1,7 +1,10 @@
-"""Where benchmark results go: one JSON file per benchmark and kind of machine.
+"""Where results go, and what they say about the machine: the names by which two runs can be told apart.
 
-$OUT/<device>/<name>.json if OUT is set, else bench/results/<device>/<name>.json of the checkout that this file lies in,
-or of the current folder if it lies in none that can be written.
+    bench/results/<device>/<date>-<commit>-<suite>.json    a run of `posttrain bench`, in pytest-benchmark's format
+    bench/results/<device>/<name>.json                     a comparison of `make bench` with targets of its own
+
+with $OUT, if set, instead of bench/results of the checkout that this file lies in; and bench/results of the current
+folder where there is no checkout that can be written to.
 """
 
 import json
@@ -17,18 +20,45 @@ from typing import Any
 
 import torch
 
-from posttrain import _C
+from posttrain import _C, __version__
+from posttrain.bench.device import GPU, device_name, driver
 
 _ROOT = Path(__file__).parents[2]
-_PACKAGES = ("posttrain", "torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy")
+_PACKAGES = (
+    "posttrain",
+    "torch",
+    "triton",
+    "transformers",
+    "peft",
+    "trl",
+    "liger-kernel",
+    "cut-cross-entropy",
+    "quack-kernels",
+    "bitsandbytes",
+    "unsloth",
+    "flash-attn",
+    "prefix-grouper",
+)
 
 
 def record(name: str, result: dict[str, Any]) -> Path:
     """Write `result` with date, commit, versions and device, and return the file."""
-    path = results_folder() / re.sub(r"[^A-Za-z0-9.]+", "-", device_name()).strip("-") / f"{name}.json"
+    path = device_folder() / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**_circumstances(), **result}, indent=2) + "\n")
+    path.write_text(json.dumps({**circumstances(), **result}, indent=2) + "\n")
     return path
+
+
+def run_file(suite: str, folder: str | None = None) -> Path:
+    """The file of a run that starts now, in `folder` or by default in `results_folder()`."""
+    commit = (_git("rev-parse", "HEAD") or f"v{__version__}")[:9]
+    return device_folder(folder) / f"{datetime.now(UTC):%Y-%m-%dT%H-%M-%S}-{commit}-{suite}.json"
+
+
+def device_folder(folder: str | None = None) -> Path:
+    """Results of this device."""
+    root = Path(folder) if folder else results_folder()
+    return root / re.sub(r"[^A-Za-z0-9.]+", "-", device_name()).strip("-")
 
 
 def results_folder() -> Path:
@@ -39,24 +69,19 @@ def results_folder() -> Path:
     return ours if os.access(ours, os.W_OK) else Path("bench/results")
 
 
-def device_name() -> str:
-    """The GPU's name, or the CPU's."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    cpuinfo = Path("/proc/cpuinfo")
-    names = re.findall(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else []
-    return f"{names[0] if names else platform.processor() or platform.machine()} {os.cpu_count()} cores"
-
-
-def _circumstances() -> dict[str, Any]:
+def circumstances() -> dict[str, Any]:
+    """What a figure depends on besides the code, and the commit of the code."""
+    versions = {"python": platform.python_version(), **_versions()}
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _git("rev-parse", "HEAD"),
         "changed": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "device": device_name(),
+        "driver": driver(),
+        "cuda": torch.version.cuda if GPU else None,
         "isa": _C.isa(),
         "threads": torch.get_num_threads(),
-        "versions": {"python": platform.python_version(), **_versions()},
+        "versions": versions,
     }
 
 

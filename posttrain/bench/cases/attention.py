@@ -1,0 +1,94 @@
+"""packed_attention: one long sequence, many documents, and completions that share a prompt.
+
+Operations are those of the pairs that are seen, 4 D for each pair and head (two products) in the forward and 10 D more
+(five products) in the backward. Plain PyTorch is SDPA: a call for each sequence, and for a shared prompt one for all
+completions, each with its own copy of the prompt.
+"""
+
+from functools import partial
+from itertools import pairwise
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+from posttrain import ops
+from posttrain.bench import attention_peers as peers
+from posttrain.bench.attention_peers import sdpa
+from posttrain.bench.case import BOTH, FORWARD, Case, Function, Problem, Work, randn
+from posttrain.bench.device import DEVICE, DTYPE, GPU, WIDER
+from posttrain.bench.shapes import ModelShape, Suite
+from posttrain.ops.layout import PackedLayout
+
+_PEERS: peers.Makers = {
+    "SDPA padded": peers.padded,
+    "SDPA cuDNN": peers.cudnn,
+    "FlexAttention": peers.flex,
+    "torch varlen_attn": peers.torch_varlen,
+    "flash-attn 2": peers.flash2,
+    "flash-attn 3": peers.flash3,
+    "flash-attn 4": peers.flash4,
+}
+
+
+def packed_attention(suite: Suite) -> list[Case]:
+    """Over the heads of the models; a group of 8 completions shares a prompt of half of the tokens."""
+    tokens, cases = suite.tokens, {}
+    draw = torch.Generator().manual_seed(1)
+    spread = torch.randint(tokens // 64, tokens // 8, (64,), generator=draw)
+    count = int((spread.cumsum(0) < tokens).sum())
+    forests = {
+        "causal": ([tokens], [-1]),
+        f"{count} documents": (spread[:count].tolist(), [-1] * count),
+        "8 completions of a prompt": ([tokens // 2] + [tokens // 16] * 8, [-1] + [0] * 8),
+    }
+    for model in suite.models:
+        for kind, (lengths, parents) in forests.items():
+            title = f"{kind}, {sum(lengths)} tokens, {model.heads}/{model.key_heads} heads of {model.width}"
+            size = 8.0 * sum(lengths) * model.heads * model.width * 3 * DTYPE.itemsize
+            scores = 0 if GPU else 3 * max(lengths) ** 2 * model.heads * WIDER.itemsize  # SDPA's, without a kernel
+            cases[title] = Case(
+                "packed_attention",
+                title,
+                6 * size + scores,
+                partial(_problem, model, lengths, parents),
+                (FORWARD, BOTH),
+                {**_PEERS, "prefix-grouper": peers.prefix_grouper} if parents[-1] == 0 else _PEERS,
+            )
+    return list(cases.values())
+
+
+def _problem(model: ModelShape, lengths: list[int], parents: list[int]) -> Problem:
+    layout = PackedLayout.from_forest(lengths, parents, DEVICE)
+    heads = (model.heads, model.key_heads, model.key_heads)
+    tensors = tuple(randn(layout.num_tokens, h, model.width, grad=True) for h in heads)
+    pairs = float((layout.positions.double() + 1).sum())
+    size = sum(x.nbytes for x in tensors) + tensors[0].nbytes
+    product = 2 * pairs * model.heads * model.width
+    work = {FORWARD: Work(2 * product, size), BOTH: Work(7 * product, 3 * size)}
+    plain = _unshared(lengths) if parents[-1] == 0 else _each(lengths)
+    context = SimpleNamespace(layout=layout, lengths=lengths, shared=parents[-1] == 0)
+    return Problem(tensors, lambda q, k, v: ops.packed_attention(q, k, v, layout), plain, work, context)
+
+
+def _each(lengths: list[int]) -> Function:
+    """A call of SDPA for each sequence."""
+    bounds = list(pairwise(torch.tensor([0, *lengths]).cumsum(0).tolist()))
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.cat([sdpa(*(x[None, a:b] for x in (q, k, v)))[0] for a, b in bounds])
+
+    return call
+
+
+def _unshared(lengths: list[int]) -> Function:
+    """Each completion with its own copy of the prompt, and of the results each token's once."""
+    prompt, length = lengths[:2]
+    starts = range(prompt, sum(lengths), length)
+    places = torch.tensor([[*range(prompt), *range(start, start + length)] for start in starts], device=DEVICE)
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = sdpa(*(x[places] for x in (q, k, v)))
+        return torch.cat([out[0, :prompt], out[:, prompt:].flatten(0, 1)])
+
+    return call

@@ -1,0 +1,104 @@
+"""paged_attention and sample: what a step of generation does beside its linear layers.
+
+Decoding reads every key and value of every sequence once; with a shared prompt the bytes counted are those of its pages
+once. Drawing reads the logits once.
+"""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from posttrain import ops
+from posttrain.bench.case import FORWARD, Arguments, Case, Problem, Work, randn
+from posttrain.bench.device import DEVICE, DTYPE, WIDER
+from posttrain.bench.shapes import ModelShape, Suite
+
+_PAGE = 16
+_FILTERS = {"no filter": (0, 1.0), "top-p 0.9": (0, 0.9), "top-k 20, top-p 0.95": (20, 0.95)}
+_ROWS = 32
+
+
+def paged_attention(suite: Suite) -> list[Case]:
+    """32 sequences with keys of their own, and with most of them shared, over the heads of the models."""
+    cases = {}
+    for model in suite.models:
+        for shared in (0, suite.tokens // 4):
+            keys = shared + suite.tokens // 16 if shared else suite.tokens // 4
+            sharing = f", {shared} of them shared" if shared else ""
+            title = f"{_ROWS} x {keys} keys{sharing}, {model.heads}/{model.key_heads} heads of {model.width}"
+            size = 2.0 * _ROWS * keys * model.key_heads * model.width * DTYPE.itemsize
+            need = size * (4 + 2 * WIDER.itemsize / DTYPE.itemsize)
+            problem = model, keys, shared
+            cases[title] = Case("paged_attention", title, need, partial(_decode, *problem), (FORWARD,))
+    return list(cases.values())
+
+
+def _decode(model: ModelShape, keys: int, shared: int) -> Problem:
+    """One step's queries; the sequences' tables begin with the pages of the prompt."""
+    common, each = shared // _PAGE, (keys - shared) // _PAGE
+    first = common + torch.arange(_ROWS, dtype=torch.int32)[:, None] * each
+    table = torch.cat([torch.arange(common).expand(_ROWS, -1), first + torch.arange(each)], 1).int().to(DEVICE)
+    caches = [randn(common + _ROWS * each, _PAGE, model.key_heads, model.width) for _ in range(2)]
+    lens = torch.full((_ROWS,), keys, dtype=torch.int32, device=DEVICE)
+    q = randn(_ROWS, model.heads, model.width)
+    flat = [cache[table.long()].flatten(1, 2).transpose(1, 2).contiguous() for cache in caches]
+
+    def plain(q: Tensor, _k: Tensor, _v: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """SDPA on caches that are contiguous and of one length already."""
+        return scaled_dot_product_attention(q[:, :, None], keys, values, enable_gqa=True)[:, :, 0]
+
+    def ours(q: Tensor, k: Tensor, v: Tensor, _keys: Tensor, _values: Tensor) -> Tensor:
+        return ops.paged_attention(q, k, v, table, lens)
+
+    work = Work(4.0 * _ROWS * keys * model.heads * model.width, caches[0].nbytes + caches[1].nbytes + 2 * q.nbytes)
+    return Problem((q, *caches, *flat), ours, plain, {FORWARD: work})
+
+
+def sample(suite: Suite) -> list[Case]:
+    """32 rows over the vocabularies; plain PyTorch draws with transformers' filters and then looks the logprob up."""
+    cases = []
+    for vocabulary in dict.fromkeys(model.vocabulary for model in suite.models):
+        for name, (top_k, top_p) in _FILTERS.items():
+            draw = vocabulary, top_k, top_p
+            need = 12.0 * _ROWS * vocabulary * WIDER.itemsize
+            title = f"[{_ROWS}, {vocabulary}] {name}"
+            cases.append(Case("sample", title, need, partial(_draw, *draw), (FORWARD,)))
+    return cases
+
+
+def _draw(vocabulary: int, top_k: int, top_p: float) -> Problem:
+    logits = randn(_ROWS, vocabulary, scale=2)
+    seeds = torch.arange(_ROWS, device=DEVICE)
+
+    def plain(logits: Tensor) -> tuple[Tensor, Tensor]:
+        tokens = torch.multinomial(_filtered(logits, top_k, top_p).softmax(-1), 1)
+        return tokens[:, 0], logits.log_softmax(-1).gather(-1, tokens)[:, 0]
+
+    def checked(wide: Arguments, result: tuple[Tensor, Tensor]) -> list[Tensor]:
+        """Each logprob less the true one of its token, where the filters leave the token."""
+        tokens, logprobs = result
+        (true,) = wide
+        left = _filtered(true, top_k, top_p).gather(-1, tokens[:, None])[:, 0].isfinite()
+        off = logprobs - true.log_softmax(-1).gather(-1, tokens[:, None])[:, 0].to(logprobs.dtype)
+        return [torch.where(left, off, torch.inf)]
+
+    def ours(logits: Tensor) -> tuple[Tensor, Tensor]:
+        return ops.sample(logits, temperature=1.0, top_k=top_k, top_p=top_p, min_p=0.0, seeds=seeds, offsets=seeds)
+
+    work = {FORWARD: Work(0, logits.nbytes)}
+    truth = [torch.zeros(_ROWS, device=DEVICE, dtype=WIDER)]
+    return Problem((logits,), ours, plain, work, checked=checked, truth=lambda: truth)
+
+
+def _filtered(logits: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Logits after transformers' TopKLogitsWarper and TopPLogitsWarper."""
+    if top_k:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
+    if top_p < 1:
+        ordered, places = logits.sort()
+        low = ordered.softmax(-1).cumsum(-1) <= 1 - top_p
+        low[:, -1:] = False
+        logits = logits.masked_fill(low.scatter(1, places, low), -torch.inf)
+    return logits

@@ -1,0 +1,67 @@
+"""linear_logprob: forward, frozen head and trainable head, over the vocabularies of models.
+
+Operations are those of the products that nobody can do without: the logits, 2 N H V; as many again for the gradient of
+the hidden states; and again for that of a trainable head. Bytes are those of the inputs and gradients. The loss is the
+sum over the rows.
+"""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from posttrain import ops
+from posttrain.bench import peers
+from posttrain.bench.case import BOTH, FORWARD, Case, Problem, Work, randn
+from posttrain.bench.device import DEVICE, DTYPE
+from posttrain.bench.shapes import ModelShape, Suite
+
+
+def linear_logprob(suite: Suite) -> list[Case]:
+    """Frozen and trainable heads."""
+    named: peers.Makers = {
+        "torch.compile": peers.compiled,
+        "torch linear_cross_entropy": peers.torch_linear_cross_entropy,
+        "Liger": peers.liger_linear_cross_entropy,
+        "cut-cross-entropy": peers.cut_cross_entropy,
+        "TRL": peers.trl_logprob,
+        "quack": peers.quack_linear_cross_entropy,
+    }
+    cases = {}
+    for model in suite.models:
+        for kind, passes in (("frozen", (FORWARD, BOTH)), ("trainable", (BOTH,))):
+            title = f"[{suite.tokens}, {model.hidden}] x [{model.vocabulary}, {model.hidden}] {kind}"
+            logits = suite.tokens * model.vocabulary
+            need = 4 * logits * 2 * DTYPE.itemsize + 3 * (model.vocabulary + suite.tokens) * model.hidden * 4
+            cases[title] = Case(
+                "linear_logprob",
+                title,
+                need,
+                partial(_problem, suite.tokens, model, kind == "trainable"),
+                passes,
+                named,
+            )
+    return list(cases.values())
+
+
+def _problem(rows: int, model: ModelShape, trainable: bool) -> Problem:
+    hidden, vocabulary = model.hidden, model.vocabulary
+    x = randn(rows, hidden, grad=True)
+    weight = randn(vocabulary, hidden, scale=hidden**-0.5, grad=trainable)
+    y = torch.randint(vocabulary, (rows,), device=DEVICE)
+    product, moved = 2.0 * rows * hidden * vocabulary, x.nbytes + weight.nbytes
+    work = {
+        FORWARD: Work(product, moved),
+        BOTH: Work((3 if trainable else 2) * product, 2 * x.nbytes + (2 if trainable else 1) * weight.nbytes),
+    }
+    return Problem((x, weight, y), _ours, _plain, work)
+
+
+def _ours(x: Tensor, weight: Tensor, y: Tensor) -> Tensor:
+    return -ops.linear_logprob(x, weight, y).logprob.sum()
+
+
+def _plain(x: Tensor, weight: Tensor, y: Tensor) -> Tensor:
+    logits = functional.linear(x, weight)
+    return functional.cross_entropy(logits.to(torch.promote_types(x.dtype, torch.float32)), y, reduction="sum")

@@ -1,0 +1,65 @@
+"""The command `posttrain bench`."""
+
+import argparse
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from posttrain.train.config import ConfigError
+
+
+def add_command(commands: Any) -> None:
+    """Add it to the parsers of `posttrain`."""
+    bench = commands.add_parser(
+        "bench",
+        help="measure the ops and training steps on this machine, or compare two results",
+        description="Measure ops and training steps on this machine, forward and backward, over shapes of real models. "
+        "`posttrain bench compare A B` names what got slower from file or folder A to B.",
+        allow_abbrev=False,
+    )
+    bench.add_argument("words", nargs="*", metavar="OP", help="ops to measure (default: all), or compare A B")
+    bench.add_argument("--suite", metavar="NAME", help="quick or full (default: full on a GPU, quick on a CPU)")
+    bench.add_argument("--peers", action="store_true", help="also measure other projects' functions, where installed")
+    bench.add_argument("--out", metavar="DIR", help="folder of results (default: bench/results)")
+    bench.set_defaults(run=_bench)
+
+
+def _bench(options: argparse.Namespace) -> int:
+    if options.words[:1] == ["compare"]:
+        return _compare(options.words[1:])
+    for package, name in (("pytest", "pytest"), ("pytest_benchmark", "pytest-benchmark")):
+        if find_spec(package) is None:
+            raise ConfigError(f"posttrain bench needs {name}: pip install posttrain[bench]")
+    import pytest
+
+    from posttrain.bench.cases import CASES
+    from posttrain.bench.session import Selection, Session
+    from posttrain.bench.shapes import SUITES
+
+    _check("op", options.words, CASES)
+    suite = options.suite or Selection.suite
+    _check("suite", [suite], SUITES)
+    session = Session(Selection(tuple(options.words), suite, options.peers, options.out))
+    arguments = ["-q", "--no-header", "--tb=short", "--import-mode=importlib", "-p", "no:cacheprovider"]
+    arguments += ["--rootdir", str(Path.cwd()), "-c", "/dev/null", "--benchmark-quiet", "-W", "ignore"]
+    return int(pytest.main([*arguments, str(Path(__file__).with_name("suite.py"))], plugins=[session]))
+
+
+def _compare(names: list[str]) -> int:
+    from posttrain.bench.compare import compare
+    from posttrain.bench.results import ResultError, read
+
+    if len(names) != 2:
+        raise ConfigError(f"posttrain bench compare takes two files or folders, got {len(names)}")
+    try:
+        changes = compare(*map(read, names))
+    except ResultError as error:
+        raise ConfigError(str(error)) from error
+    print(changes.text())
+    return 1 if changes.worse else 0
+
+
+def _check(kind: str, names: list[str], known: Any) -> None:
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"unknown {kind} {name!r}; there are {', '.join(known)}")

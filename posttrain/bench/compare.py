@@ -1,0 +1,86 @@
+"""What changed between two runs on one kind of device, beyond their noise.
+
+On a GPU the seconds of our functions are compared. On a CPU, which a run shares with whatever else the machine does,
+it is their speed in times of plain PyTorch, measured in turns in the same run. A change counts if the medians differ by
+more than `LEAST` and the ranges from the 20th to the 80th percentile don't touch. Peak memory counts as more if it grew
+by more than `LEAST` and by a megabyte.
+"""
+
+from dataclasses import dataclass
+
+from posttrain.bench.interleave import Spread
+from posttrain.bench.measure import OURS
+from posttrain.bench.results import Key, ResultError, Run
+
+LEAST = {True: 0.05, False: 0.25}  # on a GPU, on a CPU
+_MEGABYTE = 1 << 20
+
+
+@dataclass(frozen=True)
+class Change:
+    """A figure of ours in both runs; `factor` above 1 is better in the second."""
+
+    key: Key
+    what: str
+    factor: float
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.what} ({self.factor:.2f} times as good)"
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What is worse and better in the second run, and how many figures both have."""
+
+    worse: list[Change]
+    better: list[Change]
+    compared: int
+    lost: list[Key]
+
+    def text(self) -> str:
+        """One line for each change, and a summary."""
+        lines = [f"worse: {change}" for change in self.worse] + [f"better: {change}" for change in self.better]
+        lines += [f"gone: {key}" for key in self.lost]
+        rest = self.compared - len({change.key for change in (*self.worse, *self.better)})
+        return "\n".join([*lines, f"{len(self.worse)} worse, {len(self.better)} better, {rest} as before"])
+
+
+def compare(before: Run, after: Run) -> Changes:
+    """Our figures in `after` against those in `before`. Raises `ResultError` if they have nothing in common."""
+    if before.device != after.device:
+        raise ResultError(f"{before.path} is of {before.device}, {after.path} of {after.device}: not comparable")
+    ours = [key for key in before.figures if key.column == OURS]
+    both = [key for key in ours if key in after.figures]
+    if not both:
+        raise ResultError(f"{before.path} and {after.path} have no figure in common")
+    changes = [change for key in both for change in _changes(key, before, after)]
+    suites = {run.machine.get("suite") for run in (before, after)}
+    ops = {key.op for key in after.figures}
+    lost = [key for key in ours if key not in after.figures and key.op in ops] if len(suites) == 1 else []
+    return Changes(
+        sorted((c for c in changes if c.factor < 1), key=lambda c: c.factor),
+        sorted((c for c in changes if c.factor > 1), key=lambda c: -c.factor),
+        len(both),
+        lost,
+    )
+
+
+def _changes(key: Key, before: Run, after: Run) -> list[Change]:
+    a, b = before.figures[key], after.figures[key]
+    least, found = LEAST[before.on_gpu], []
+    if before.on_gpu:
+        if _apart(a.seconds, b.seconds, least):
+            milliseconds = f"{1e3 * a.seconds.median:.3f} to {1e3 * b.seconds.median:.3f} ms"
+            found.append(Change(key, milliseconds, a.seconds.median / b.seconds.median))
+    elif _apart(a.speed, b.speed, least):
+        ratios = f"{a.speed.median:.2f} to {b.speed.median:.2f} times plain PyTorch's speed"
+        found.append(Change(key, ratios, b.speed.median / a.speed.median))
+    if a.peak and b.peak and abs(a.peak - b.peak) > max(_MEGABYTE, least * min(a.peak, b.peak)):
+        found.append(Change(key, f"{a.peak / _MEGABYTE:.1f} to {b.peak / _MEGABYTE:.1f} MB", a.peak / b.peak))
+    return found
+
+
+def _apart(a: Spread, b: Spread, least: float) -> bool:
+    """Whether two spreads don't touch, and their medians differ by more than `least` of the smaller one."""
+    low, high = sorted((a, b), key=lambda spread: spread.median)
+    return low.p80 < high.p20 and high.median > (1 + least) * low.median

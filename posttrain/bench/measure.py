@@ -1,0 +1,217 @@
+"""Measure a case: is there room for it, is everybody right, how much memory, how fast.
+
+Nothing is timed before outputs and gradients agree with the truth, plain PyTorch in a wider dtype (float64 for float32,
+else float32). Ours must keep the rules of the tests: at most twice the error of plain PyTorch in the same dtype, plus
+twice the rounding of the result; or, in float32, be within 1e-5 + 1.3e-6 of the value. Of others it
+is asked that no value is off by more than 2% of the largest, so that a peer that computes in a coarser dtype
+stays in the table, with its error beside its speed.
+
+All who are right take turns in one process; before every call the arguments move on to a copy that caches have
+forgotten.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from posttrain.bench.case import (
+    BOTH,
+    Case,
+    Problem,
+    Way,
+    copied,
+    leaves_of,
+    outputs_of,
+    tensors_of,
+)
+from posttrain.bench.device import ROTATED, WIDER, cache_bytes, free_bytes
+from posttrain.bench.interleave import Comparison, alternate
+from posttrain.bench.memory import peak_of
+
+OURS, PLAIN = "posttrain", "plain PyTorch"
+COARSE = 0.02  # of the largest value, the most by which a peer may be off
+
+
+class NotMeasured(Exception):
+    """There are no figures, and the message says why; of a failed gate of ours if `wrong`."""
+
+    def __init__(self, why: str, wrong: bool = False) -> None:
+        super().__init__(why)
+        self.wrong = wrong
+
+
+@dataclass(frozen=True)
+class Column:
+    """The figures of one function in one pass.
+
+    Attributes:
+        samples: seconds per call, round by round.
+        error: largest difference from the truth, of outputs and gradients, as a share of the largest true value.
+        peak: bytes that a call takes at most beyond its arguments: outputs, gradients and workspace; None if unknown.
+    """
+
+    samples: list[float]
+    error: float
+    peak: int | None
+
+
+@dataclass(frozen=True)
+class Table:
+    """A pass of a case: its work, the columns that have figures, their comparison, and why others have none."""
+
+    flops: float
+    moved: float
+    columns: dict[str, Column]
+    comparison: Comparison
+    missing: dict[str, str]
+
+
+def measure(case: Case, rounds: int, peers: bool = False) -> dict[str, Table]:
+    """The tables of a case, by pass. Raises `NotMeasured` without room, or if our function is wrong."""
+    free = free_bytes()
+    if case.need > free:
+        raise NotMeasured(f"needs {case.need / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free")
+    torch.manual_seed(0)
+    problem = case.make()
+    ways, missing = {OURS: Way(problem.ours), PLAIN: Way(problem.plain)}, {}
+    for name, maker in case.peers.items() if peers else ():
+        try:
+            made = maker(problem)
+            ways[name] = made if isinstance(made, Way) else Way(made)
+        except Exception as error:  # whatever a peer does, the others are measured
+            missing[name] = describe(error)
+    right = _gate(problem, ways, missing)
+    sets = _sets(problem)
+    return {name: _table(problem, name, right, ways, sets, rounds, missing) for name in case.passes}
+
+
+def describe(error: BaseException) -> str:
+    """An error in one short line."""
+    if isinstance(error, ImportError):
+        return f"not installed: {error}"
+    return f"fails: {type(error).__name__} {' '.join(str(error).split())[:160]}"
+
+
+def _gate(problem: Problem, ways: Mapping[str, Way], missing: dict[str, str]) -> dict[str, float]:
+    """Errors of the functions that are right; the others go to `missing`. Raises `NotMeasured` if ours is wrong."""
+    wide = copied(problem.arguments, WIDER)
+    incoming = _incoming(problem) if BOTH in problem.work else []
+    if problem.truth is None:
+        truth = _results(problem, Way(problem.plain), wide, wide, incoming)
+    else:
+        truth = list(problem.truth())
+    found, errors = {}, {}
+    for name, way in ways.items():
+        try:
+            found[name] = _results(problem, way, problem.arguments, wide, incoming)
+            errors[name] = max(map(_error, found[name], truth), default=0.0)
+        except Exception as error:  # of a peer, or of ours, which is then raised below
+            if name == OURS:
+                raise NotMeasured(describe(error), wrong=True) from error
+            missing[name] = describe(error)
+    if PLAIN not in found:
+        raise NotMeasured(f"plain PyTorch, the yardstick, {missing[PLAIN]}", wrong=True)
+    if fault := _fault(found[OURS], found[PLAIN], truth):
+        raise NotMeasured(f"{OURS} is wrong: {fault}", wrong=True)
+    coarse = {name: off for name, off in errors.items() if name not in (OURS, PLAIN) and not off <= COARSE}
+    missing.update({name: f"is wrong: off by {off:.2g} of the largest value" for name, off in coarse.items()})
+    return {name: off for name, off in errors.items() if name not in coarse}
+
+
+def _incoming(problem: Problem) -> list[Tensor]:
+    """A random gradient for each output."""
+    with torch.no_grad():
+        outputs = outputs_of(problem.plain(*problem.arguments))
+    return [torch.randn_like(y) for y in outputs]
+
+
+def _results(problem: Problem, way: Way, given: Any, wide: Any, incoming: list[Tensor]) -> list[Tensor]:
+    """What must be right: outputs and, where there is a backward, gradients."""
+    arguments = way.prepare(copied(given))
+    if not incoming:
+        with torch.no_grad():
+            result = way.call(*arguments)
+        return list(problem.checked(wide, result)) if problem.checked else outputs_of(result)
+    outputs = outputs_of(way.call(*arguments))
+    seeds = [way.into(g).to(y.dtype) for g, y in zip(incoming, outputs, strict=True)]
+    gradients = torch.autograd.grad(outputs, leaves_of(arguments), seeds)
+    return [way.back(x.detach()) for x in (*outputs, *gradients)]
+
+
+def _error(found: Tensor, true: Tensor) -> float:
+    """Largest difference, as a share of the largest true value; a truth of zeros has absolute differences."""
+    if not true.numel():
+        return 0.0
+    off = (found.to(true.dtype) - true).abs().max().item()
+    return off / (true.abs().max().item() or 1.0) if math.isfinite(off) else math.inf
+
+
+def _fault(found: list[Tensor], plain: list[Tensor], truth: list[Tensor]) -> str | None:
+    """What is wrong with our results, or None."""
+    for mine, other, true in zip(found, plain, truth, strict=True):
+        if mine.dtype in (torch.float32, torch.float64) and torch.allclose(mine.to(true.dtype), true, 1.3e-6, 1e-5):
+            continue
+        rounding = ((true.to(mine.dtype) + 0.3 - 0.3).to(true.dtype) - true).abs().max()
+        error, limit = (mine.to(true.dtype) - true).abs().max(), 2 * (other.to(true.dtype) - true).abs().max()
+        if not error <= limit + 2 * rounding:
+            return f"an error of {error:.3g}, where {limit + 2 * rounding:.3g} are allowed"
+    return None
+
+
+def _sets(problem: Problem) -> list[Any]:
+    """The arguments, and as many copies of them as exceed the caches twice over."""
+    size = max(1, sum(x.nbytes for x in tensors_of(problem.arguments)))
+    room = min(2 * cache_bytes(), ROTATED, free_bytes() // 4)
+    return [problem.arguments, *(copied(problem.arguments) for _ in range(min(64, room // size)))]
+
+
+def _table(
+    problem: Problem,
+    name: str,
+    errors: Mapping[str, float],
+    ways: Mapping[str, Way],
+    sets: list[Any],
+    rounds: int,
+    missing: Mapping[str, str],
+) -> Table:
+    calls, absent = {}, dict(missing)
+    for way_name in errors:
+        try:
+            call = _call(ways[way_name], sets, backward=name == BOTH)
+            call()
+            calls[way_name] = call
+        except Exception as error:  # out of memory, say
+            if way_name in (OURS, PLAIN):
+                raise NotMeasured(f"{way_name} {describe(error)}", wrong=way_name == OURS) from error
+            absent[way_name] = describe(error)
+    peaks = {way_name: peak_of(call) for way_name, call in calls.items()}
+    samples = alternate(calls, rounds)
+    columns = {key: Column(samples[key], errors[key], peaks[key]) for key in calls}
+    work = problem.work[name]
+    return Table(work.flops, work.moved, columns, Comparison.of(PLAIN, samples), absent)
+
+
+def _call(way: Way, sets: list[Any], backward: bool) -> Callable[[], object]:
+    """The function on one set of arguments after the other."""
+    prepared = [way.prepare(arguments) for arguments in sets]
+    turns: Iterator[Any] = itertools.cycle(prepared)
+    if not backward:
+
+        def forward() -> None:
+            with torch.no_grad():
+                way.call(*next(turns))
+
+        return forward
+    with torch.no_grad():
+        incoming = [torch.randn_like(y) for y in outputs_of(way.call(*prepared[0]))]
+
+    def both() -> None:
+        arguments = next(turns)
+        torch.autograd.grad(outputs_of(way.call(*arguments)), leaves_of(arguments), incoming)
+
+    return both

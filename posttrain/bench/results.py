@@ -1,0 +1,105 @@
+"""Read what was recorded: runs of `posttrain bench`, and the comparisons of `make bench` as files of their own."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from posttrain.bench.interleave import Spread
+
+
+class ResultError(ValueError):
+    """A file or folder without results that can be read; the message is one line and names it."""
+
+
+class Key(NamedTuple):
+    """What a figure is of."""
+
+    op: str
+    case: str
+    name: str  # of the pass
+    column: str
+
+    def __str__(self) -> str:
+        return " ".join(part for part in self if part)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Seconds per call, speed in times of plain PyTorch (or another baseline), error and peak bytes if known."""
+
+    seconds: Spread
+    speed: Spread
+    error: float | None = None
+    peak: int | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """A file of results.
+
+    Attributes:
+        path: the file.
+        machine: device, driver, cuda, versions, commit, date, suite, roofline; what an older file lacks is absent.
+        figures: by op, case, pass and column; a comparison of `make bench` has only a title.
+        extra: all that pytest-benchmark's `extra_info` says of a figure: operations, bytes, rates.
+    """
+
+    path: Path
+    machine: dict[str, Any]
+    figures: dict[Key, Figure]
+    extra: dict[Key, dict[str, Any]]
+
+    @property
+    def device(self) -> str:
+        """The GPU's name, or the CPU's with its cores."""
+        return self.machine["device"]
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether seconds of two runs can be compared: a GPU's clocks are its own, a CPU is often shared."""
+        return self.machine.get("cuda") is not None
+
+
+def read(name: str | Path) -> Run:
+    """The results in a file, or in the newest file of a run in a folder. Raises `ResultError`."""
+    path = Path(name)
+    if not path.exists():
+        raise ResultError(f"{path}: no such file or folder")
+    if path.is_dir():
+        newest = newest_in(path)
+        if newest is None:
+            raise ResultError(f"{path}: no results of posttrain bench in this folder")
+        path = newest
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ResultError(f"{path}: not readable as JSON: {error}") from error
+    try:
+        return _run(path, content) if "benchmarks" in content else _comparison(path, content)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ResultError(f"{path}: not a result of posttrain bench: {type(error).__name__} {error}") from error
+
+
+def newest_in(folder: Path, suite: str = "*") -> Path | None:
+    """The newest file of a run in a device's folder, by the date that its name begins with."""
+    return max(folder.glob(f"[0-9][0-9][0-9][0-9]-*-{suite}.json"), key=lambda path: path.name, default=None)
+
+
+def _run(path: Path, content: dict[str, Any]) -> Run:
+    figures, extra = {}, {}
+    for benchmark in content["benchmarks"]:
+        facts = benchmark["extra_info"]
+        key = Key(facts["op"], facts["case"], facts["pass"], facts["column"])
+        spreads = Spread(**facts["seconds"]), Spread(**facts["speed"])
+        figures[key] = Figure(*spreads, facts["error"], facts["peak_bytes"])
+        extra[key] = facts
+    return Run(path, content["machine_info"], figures, extra)
+
+
+def _comparison(path: Path, content: dict[str, Any]) -> Run:
+    figures = {
+        Key(path.stem, "", "", column): Figure(Spread(**seconds), Spread(**content["speedup"][column]))
+        for column, seconds in content.get("seconds", {}).items()
+    }
+    return Run(path, content | {"device": content["device"]}, figures, {})
