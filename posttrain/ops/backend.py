@@ -43,11 +43,11 @@ SUPPORT: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "packed_attention": {"cpu": (*_WIDE, *_HALF), "triton": _TRITON, "flash-attn": _HALF},
     "paged_attention": {"cpu": (*_WIDE, *_HALF), "triton": _TRITON},
     "sample": {"cpu": (torch.float32, *_HALF), "triton": _TRITON, "cuda": _TRITON},
-    "nf4_dequantize": {"cpu": (*_WIDE, *_HALF), "triton": _TRITON},
-    "nf4_linear": {"cpu": (*_WIDE, *_HALF), "triton": _TRITON},
-    "lora_linear": {"cpu": (*_WIDE, *_HALF), "triton": _TRITON},
-    "lora_qkv": {"cpu": (*_WIDE, *_HALF), "triton": _TRITON},
-    "lora_mlp": {"cpu": (*_WIDE, *_HALF), "triton": _TRITON},
+    "nf4_dequantize": {"cpu": (*_WIDE, *_HALF), "triton": _TRITON, "cuda": _TRITON},
+    "nf4_linear": {"cpu": (*_WIDE, *_HALF), "triton": _TRITON, "cuda": _TRITON},
+    "lora_linear": {"cpu": (*_WIDE, *_HALF), "triton": _TRITON, "cuda": _TRITON},
+    "lora_qkv": {"cpu": (*_WIDE, *_HALF), "triton": _TRITON, "cuda": _TRITON},
+    "lora_mlp": {"cpu": (*_WIDE, *_HALF), "triton": _TRITON, "cuda": _TRITON},
     "linear_logprob": {"cpu": (*_WIDE, *_HALF), "triton": _TRITON, "cuda": _TRITON},
 }
 

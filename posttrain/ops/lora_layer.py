@@ -227,8 +227,8 @@ class Bundle(NamedTuple):
 
 
 def kernel_dtype(dtype: torch.dtype, backend: str) -> torch.dtype:
-    """What a backend's elementwise kernels take for `dtype`; Triton's compute half precision in float32 themselves."""
-    return dtype if backend == "triton" else torch.promote_types(dtype, torch.float32)
+    """What a backend's elementwise kernels take for `dtype`; a GPU's compute half precision in float32 themselves."""
+    return dtype if backend != "cpu" else torch.promote_types(dtype, torch.float32)
 
 
 def normed(x: Tensor, options: Options, backend: str) -> Tensor:
@@ -254,6 +254,8 @@ def normed_gradient(
 
 def project(x: Tensor, layers: Sequence[Layer], options: Options, backend: str) -> list[Tensor]:
     """y `[T, N]` of every layer, for x `[T, K]`."""
+    if backend == "cuda" and _cuda().takes(x, layers, options):
+        return _cuda().project(x, layers, options)
     low: list[Tensor | None] = [None] * len(layers)
     for bundle in _bundles(x, layers, options, backend):
         for i, u in zip(bundle.layers, _low_rank(x, layers, options, bundle, backend), strict=True):
@@ -276,16 +278,22 @@ def _low_rank(x: Tensor, layers: Sequence[Layer], options: Options, bundle: Bund
 def _output(x: Tensor, layer: Layer, low: Tensor | None, backend: str) -> Tensor:
     """x W^T + b + u B^T, the last part first: the large product then adds to it in the same pass."""
     if low is None:
-        if layer.nf4 is None:
-            return F.linear(x, layer.weight, layer.bias)
-        y = x.new_zeros(len(x), layer.height) if layer.bias is None else layer.bias.repeat(len(x), 1)
-    else:
-        if backend == "triton" and _kernels().fused(x):
-            return _kernels().output(x, layer, low)
-        low, lora_b = low.to(x.dtype), flat_b(layer, x.dtype)
-        y = low @ lora_b.T if layer.bias is None else torch.addmm(layer.bias, low, lora_b.T)
+        return base(x, layer, backend)
+    if backend == "triton" and _kernels().fused(x):
+        return _kernels().output(x, layer, low)
+    low, lora_b = low.to(x.dtype), flat_b(layer, x.dtype)
+    y = low @ lora_b.T if layer.bias is None else torch.addmm(layer.bias, low, lora_b.T)
     if layer.nf4 is None:
         return y.addmm_(x, layer.weight.T)
+    nf4.add_product(y, x, layer.nf4, backend)
+    return y
+
+
+def base(x: Tensor, layer: Layer, backend: str) -> Tensor:
+    """x W^T + b."""
+    if layer.nf4 is None:
+        return F.linear(x, layer.weight, layer.bias)
+    y = x.new_zeros(len(x), layer.height) if layer.bias is None else layer.bias.repeat(len(x), 1)
     nf4.add_product(y, x, layer.nf4, backend)
     return y
 
@@ -299,6 +307,8 @@ def project_gradient(
     backend: str,
 ) -> tuple[Tensor | None, list[Gradients]]:
     """Gradients of x and of every layer, for `grads` dy `[T, N]`; `needs` are [that of x] and four for each layer."""
+    if backend == "cuda" and options.adapter is not None:
+        return _cuda().project_gradient(grads, x, layers, options, needs)
     needs_x, needs_layers = needs[0][0], needs[1:]
     low: list[tuple[Tensor | None, Tensor | None]] = [(None, None)] * len(layers)
     fused = needs_x and options.dropout == 0 and backend == "triton" and _kernels().fused(x)
@@ -317,9 +327,9 @@ def project_gradient(
     elif needs_x:
         grad_x = torch.zeros_like(x, memory_format=torch.contiguous_format) if grad_x is None else grad_x
         for grad, layer in zip(grads, layers, strict=True):
-            _add_base_gradient(grad_x, grad, layer, backend)
+            add_base_gradient(grad_x, grad, layer, backend)
     results = [
-        _layer_gradients(grad, x, layer, *low[i], needs_layers[i])
+        layer_gradients(grad, x, layer, *low[i], needs_layers[i])
         for i, (grad, layer) in enumerate(zip(grads, layers, strict=True))
     ]
     return grad_x, results
@@ -348,16 +358,18 @@ def _adapter_gradient(
     return v, grad_a, grad_bs
 
 
-def _add_base_gradient(grad_x: Tensor, grad: Tensor, layer: Layer, backend: str) -> None:
+def add_base_gradient(grad_x: Tensor, grad: Tensor, layer: Layer, backend: str) -> None:
+    """`grad_x += grad W`."""
     if layer.nf4 is None:
         grad_x.addmm_(grad, layer.weight)
     else:
         nf4.add_transposed_product(grad_x, grad, layer.nf4, backend)
 
 
-def _layer_gradients(
+def layer_gradients(
     grad: Tensor, x: Tensor, layer: Layer, grad_a: Tensor | None, grad_b: Tensor | None, needs: Sequence[bool]
 ) -> Gradients:
+    """What `needs` asks for, from dA and dB^T in float32."""
     needs_weight, needs_bias, needs_a, needs_b = needs
     a, b = layer.lora_a, layer.lora_b
     if a is not None and b is not None and grad_a is not None and grad_b is not None:
@@ -400,6 +412,13 @@ def _kernels() -> Any:
     from posttrain.kernels import lora
 
     return lora
+
+
+def _cuda() -> Any:
+    """posttrain.ops.lora_cuda, which reads this module."""
+    from posttrain.ops import lora_cuda
+
+    return lora_cuda
 
 
 def _scaled(low: Tensor, layer: Layer, options: Options, rows: slice) -> Tensor:

@@ -112,13 +112,19 @@ def _options(
 def _gated(left: Tensor, right: Tensor, activation: str, backend: str) -> Tensor:
     """act(g) u, computed in at least float32."""
     wide = kernel_dtype(left.dtype, backend)
-    return glu._forward(left.to(wide), right.to(wide), activation, backend).to(left.dtype)
+    return glu._forward(left.to(wide), right.to(wide), activation, _elementwise(backend)).to(left.dtype)
 
 
 def _gated_gradient(grad: Tensor, left: Tensor, right: Tensor, activation: str, backend: str) -> tuple[Tensor, Tensor]:
     wide = kernel_dtype(left.dtype, backend)
-    grad_left, grad_right = glu._gradient(grad.to(wide), left.to(wide), right.to(wide), activation, backend)
+    inputs = grad.to(wide), left.to(wide), right.to(wide)
+    grad_left, grad_right = glu._gradient(*inputs, activation, _elementwise(backend))
     return grad_left.to(left.dtype), grad_right.to(left.dtype)
+
+
+def _elementwise(backend: str) -> str:
+    """Whose gated unit goes with `backend`: there is none in CUDA."""
+    return "triton" if backend == "cuda" else backend
 
 
 def _fake(x, *arguments):

@@ -9,6 +9,7 @@ Saved for the backward: nothing but W itself.
 """
 
 from collections.abc import Iterator
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ from posttrain.ops.library import define
 from posttrain.ops.nf4_weight import NF4Weight
 
 MATVEC_ROWS = 16
-_SLAB = {"cpu": 1 << 20, "triton": 1 << 26}  # elements that are dequantised at a time
+_SLAB = {"cpu": 1 << 20, "triton": 1 << 26, "cuda": 1 << 26}  # elements that are dequantised at a time
 
 
 class Parts(NamedTuple):
@@ -124,14 +125,12 @@ def _runs(weight: Parts, backend: str) -> Iterator[slice]:
 
 def dequantize_rows(weight: Parts, rows: slice, out: Tensor, backend: str) -> None:
     """Write rows `rows` of the matrix to `out`, contiguous."""
-    if backend == "triton":
-        from posttrain.kernels.nf4 import dequantize
-
-        dequantize(weight, rows.start * weight.width, out)
+    if backend != "cpu":
+        _launches(backend).dequantize(weight, rows.start * weight.width, out)
         return
     wide = out if out.dtype in (torch.float32, torch.float64) else torch.empty_like(out, dtype=torch.float32)
     first, count = rows.start * weight.width, (rows.stop - rows.start) * weight.width
-    _C.nf4_dequantize(wide.itemsize, _addresses(weight), first, count, wide.data_ptr())
+    _C.nf4_dequantize(wide.itemsize, addresses(weight), first, count, wide.data_ptr())
     if wide is not out:
         out.copy_(wide)
 
@@ -141,17 +140,15 @@ def matvec(x: Tensor, weight: Parts) -> Tensor:
     x = x.contiguous()
     turned, y = torch.empty_like(x), x.new_empty(len(x), weight.height)
     address = x.data_ptr(), turned.data_ptr(), len(x), weight.width, weight.height, y.data_ptr()
-    _C.nf4_matvec(x.itemsize, _addresses(weight), *address)
+    _C.nf4_matvec(x.itemsize, addresses(weight), *address)
     return y
 
 
 def add_product(y: Tensor, x: Tensor, weight: Parts, backend: str) -> None:
     """`y += x W^T`, in place, for `x` `[rows, K]`."""
     if len(x) <= MATVEC_ROWS:
-        if backend == "triton":
-            from posttrain.kernels import nf4 as kernels
-
-            kernels.matvec(x, weight, y, y)
+        if backend != "cpu":
+            _launches(backend).matvec(x, weight, y, y)
             return
         y += matvec(x.to(torch.promote_types(x.dtype, torch.float32)), weight)
         return
@@ -165,7 +162,13 @@ def add_transposed_product(grad_x: Tensor, grad_y: Tensor, weight: Parts, backen
         grad_x.addmm_(grad_y[:, rows], slab)
 
 
-def _addresses(weight: Parts) -> tuple[int, ...]:
+def _launches(backend: str) -> Any:
+    """The module with the kernels of a GPU; that of "triton" needs Triton."""
+    return import_module({"triton": "posttrain.kernels.nf4", "cuda": "posttrain.ops.nf4_cuda"}[backend])
+
+
+def addresses(weight: Parts) -> tuple[int, ...]:
+    """A matrix as C++ and CUDA kernels take it."""
     tensors = (0 if x is None else x.data_ptr() for x in weight[:5])
     return *tensors, weight.block, weight.nested_block
 
@@ -190,11 +193,9 @@ def _forward(x: Tensor, bias: Tensor | None, *arguments) -> Tensor:
     weight = contiguous(Parts(*parts))
     rows = x.reshape(x.shape[:-1].numel(), weight.width)
     with torch.autocast(x.device.type, enabled=False):
-        if len(rows) <= MATVEC_ROWS and backend == "triton":
-            from posttrain.kernels import nf4 as kernels
-
+        if len(rows) <= MATVEC_ROWS and backend != "cpu":
             y = rows.new_empty(len(rows), weight.height)
-            kernels.matvec(rows, weight, bias, y)
+            _launches(backend).matvec(rows, weight, bias, y)
         elif len(rows) <= MATVEC_ROWS:
             y = matvec(rows.to(torch.promote_types(x.dtype, torch.float32)), weight)
             y = (y if bias is None else y + bias).to(x.dtype)

@@ -1,0 +1,204 @@
+"""The CUDA kernels of NF4 matrices: bits of the reference, products on tensor cores and without, one adapter beside."""
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from tolerance import HALF, check
+from torch import Tensor
+from torch.nn import functional
+
+from posttrain import ops
+from posttrain.ops import NF4Weight, lora_linear, nf4, nf4_dequantize, nf4_linear, quantize_nf4, reference
+from posttrain.ops.nf4 import MATVEC_ROWS, Parts
+from posttrain.ops.nf4_cuda import dequantize
+
+pytestmark = pytest.mark.usefixtures("poison")
+statistics = pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
+
+
+@pytest.fixture(autouse=True)
+def cuda(device):
+    """Everything here runs on CUDA kernels."""
+    with ops.use_backend("cuda"):
+        yield
+
+
+@pytest.fixture
+def random(device):
+    """`random(*shape, dtype=...)`, the same numbers every time."""
+    generator = torch.Generator().manual_seed(0)
+
+    def make(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return 0.1 * torch.randn(shape, generator=generator).to(device, dtype)
+
+    return make
+
+
+def expected(weight: NF4Weight, dtype: torch.dtype) -> Tensor:
+    """The reference on the CPU, where product and sum of a nested absmax are rounded one after the other."""
+    return reference.nf4_dequantize(weight.to("cpu"), dtype).to(weight.packed.device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+@pytest.mark.parametrize("blocksize", [32, 64, 4096])
+@statistics
+def test_dequantising_agrees_bit_for_bit(nested, blocksize, dtype, random) -> None:
+    for shape in ((0, 64), (1, 1), (7, 13), (3, 64), (70, 130)):
+        weight = quantize_nf4(random(*shape), blocksize=blocksize, nested=nested)
+        ours = nf4_dequantize(weight, dtype)
+        assert ours.dtype == dtype
+        assert torch.equal(ours, expected(weight, dtype))
+
+
+def test_dequantising_any_part_to_any_address(random) -> None:
+    weight = quantize_nf4(random(11, 13), blocksize=32, nested=True)
+    whole = expected(weight, torch.float16).flatten()
+    out = whole.new_empty(len(whole) + 8)
+    for first, count in ((0, 143), (1, 100), (7, 9), (16, 16), (17, 3), (142, 1)):
+        for shift in (0, 1, 8):
+            out.fill_(torch.nan)
+            dequantize(Parts.of(weight), first, out[shift : shift + count])
+            assert torch.equal(out[shift : shift + count], whole[first : first + count])
+            assert out[:shift].isnan().all() and out[shift + count :].isnan().all()
+
+
+def test_elements_beyond_two_to_the_31(device) -> None:
+    """Most of this matrix is memory that nobody touches."""
+    height, width, count = 1 << 16, 1 << 16, 4096
+    packed = torch.empty(height * width // 2, dtype=torch.uint8, device=device)
+    absmax = torch.empty(0, device=device)
+    absmax.set_(torch.UntypedStorage(4 * (height * width // 64), device=device), 0, (height * width // 64,))
+    packed[-count // 2 :] = 0xFF
+    absmax[-count // 64 :] = torch.arange(count // 64, device=device)
+    out = torch.full((count,), torch.nan, device=device)
+    dequantize(Parts(packed, absmax, None, None, None, height, width, 64, 0), height * width - count, out)
+    assert torch.equal(out.view(-1, 64), absmax[-count // 64 :, None].expand(-1, 64))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (7, 13), (9, 96), (5, 1024), (0, 64), (3, 0)], ids=str)
+@statistics
+def test_product_agrees_with_the_reference(nested, shape, random) -> None:
+    weight = quantize_nf4(random(*shape), blocksize=32, nested=nested)
+    for rows in (0, 1, 3, MATVEC_ROWS, 20):
+        check(
+            partial(nf4_linear, weight=weight), partial(reference.nf4_linear, weight=weight), [random(rows, shape[1])]
+        )
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("shape", [(24, 130), (33, 64), (70, 192), (40, 1088)], ids=str)
+@pytest.mark.parametrize("blocksize", [32, 64, 128])
+def test_half_precision_is_as_good_as_pytorch(blocksize, shape, dtype, random) -> None:
+    """Widths of 64, 192 and 1088 go to tensor cores, with fewer spans than warps and with more."""
+    weight = quantize_nf4(random(*shape), blocksize=blocksize, nested=blocksize == 64)
+    dense = nf4_dequantize(weight, dtype)
+    truth = lambda x, bias: reference.nf4_linear(x, weight, bias)  # noqa: E731
+    for rows in (1, 7, MATVEC_ROWS, 20):
+        check(
+            lambda x, bias: nf4_linear(x, weight, bias),
+            truth,
+            [random(rows, shape[1], dtype=dtype), random(shape[0], dtype=dtype)],
+            lambda x, bias: functional.linear(x, dense, bias),
+        )
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_the_code_is_exact_to_the_digits_of_two_numbers_of_half_precision(dtype, random) -> None:
+    """x of one element, so that nothing but the code's digits and the result's rounding is left of the product."""
+    weight = quantize_nf4(random(64, 64))
+    x = torch.eye(64, dtype=dtype, device=weight.packed.device)[:MATVEC_ROWS]
+    values = expected(weight, torch.float32)[:, :MATVEC_ROWS].T
+    assert torch.equal(nf4_linear(x, weight), values.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+@pytest.mark.parametrize("shape", [(6, 97), (34, 192)], ids=str)
+def test_same_bits_every_time_and_alone_or_beside_others(shape, dtype, random) -> None:
+    weight = quantize_nf4(random(*shape), nested=True)
+    x, a, b = (random(*s, dtype=dtype) for s in ((MATVEC_ROWS, shape[1]), (9, shape[1]), (shape[0], 9)))
+    for op in (partial(nf4_linear, weight=weight), partial(lora_linear, weight=weight, lora_a=a, lora_b=b)):
+        whole = op(x)
+        assert torch.equal(op(x), whole)
+        for rows in (1, 2, 3, 9):
+            assert torch.equal(op(x[:rows]), whole[:rows])
+        assert torch.equal(op(x[-1]), whole[-1])
+
+
+def test_strides_dimensions_and_odd_addresses(random) -> None:
+    weight = quantize_nf4(random(5, 128))
+    truth = lambda x, bias: reference.nf4_linear(x, weight, bias)  # noqa: E731
+    for x in (random(128), random(2, 1, 128), random(3, 256)[:, ::2], random(128, 3).T, random(3, 132)[:, 4:]):
+        check(lambda x, bias: nf4_linear(x, weight, bias), truth, [x, random(10)[::2]])
+    half, shifted = random(3, 128, dtype=torch.float16), random(385, dtype=torch.float16)[1:].view(3, 128)
+    shifted.copy_(half)
+    assert torch.equal(nf4_linear(shifted, weight), nf4_linear(half, weight))
+    moved = torch.empty(weight.packed.numel() + 1, dtype=torch.uint8, device=half.device)[1:]
+    moved.copy_(weight.packed.flatten())
+    other = NF4Weight(moved, weight.absmax, weight.shape)
+    check(partial(nf4_linear, weight=other), partial(reference.nf4_linear, weight=other), [half.float()])
+    dense = expected(weight, torch.float16)
+    check(
+        partial(nf4_linear, weight=other), partial(reference.nf4_linear, weight=other), [half],
+        lambda x: functional.linear(x, dense),
+    )  # fmt: skip
+
+
+def with_adapter(op: Callable[..., Tensor], weight: NF4Weight) -> Callable[..., Tensor]:
+    return lambda x, a, b, bias: op(x, weight, a, b, 0.75, bias)
+
+
+@pytest.mark.parametrize("shape", [(7, 13), (9, 96), (40, 128)], ids=str)
+@pytest.mark.parametrize("rank", [1, 8, 13])
+def test_an_adapter_in_the_same_launch(rank, shape, random) -> None:
+    height, width = shape
+    weight = quantize_nf4(random(*shape), nested=True)
+    for rows in (1, 3, MATVEC_ROWS):
+        inputs = [random(rows, width), random(rank, width), random(height, rank), random(height)]
+        check(with_adapter(lora_linear, weight), with_adapter(reference.lora_linear, weight), inputs)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("adapters", ["half", "float32"])
+@pytest.mark.parametrize("shape", [(40, 192), (35, 100)], ids=str)
+@pytest.mark.parametrize("rank", [3, 64, 72])
+def test_an_adapter_in_half_precision(rank, shape, adapters, dtype, random) -> None:
+    height, width = shape
+    weight = quantize_nf4(random(*shape))
+    dense = nf4_dequantize(weight, dtype)
+
+    def plain(x, a, b, bias):
+        return functional.linear(x, dense, bias) + functional.linear(functional.linear(x, a), b) * 0.75
+
+    def mixed(x, a, b, bias):
+        wide = (a.float(), b.float()) if adapters == "float32" else (a, b)
+        return with_adapter(lora_linear, weight)(x, *wide, bias)
+
+    for rows in (1, 9):
+        inputs = [random(*s, dtype=dtype) for s in ((rows, width), (rank, width), (height, rank), (height,))]
+        check(mixed, with_adapter(reference.lora_linear, weight), inputs, plain)
+
+
+def test_counters_are_zero_again_after_every_launch(random) -> None:
+    from posttrain.ops.nf4_cuda import _counters
+
+    weight = quantize_nf4(random(70, 64))
+    for rows in (1, MATVEC_ROWS):
+        lora_linear(random(rows, 64), weight, random(20, 64), random(70, 20))
+        assert _counters(weight.packed).eq(0).all()
+
+
+def test_opcheck(random) -> None:
+    weight = Parts.of(quantize_nf4(random(7, 13), nested=True))
+    torch.library.opcheck(torch.ops.posttrain.nf4_dequantize, (*weight, torch.float16, "cuda"))
+    x = random(3, 13).requires_grad_()
+    torch.library.opcheck(torch.ops.posttrain.nf4_linear, (x, random(7), *weight, "cuda"))
+
+
+def test_slabs(random, monkeypatch) -> None:
+    monkeypatch.setitem(nf4._SLAB, "cuda", 40)
+    weight = quantize_nf4(random(11, 13), blocksize=32, nested=True)
+    slabs = [slab.clone() for _, slab in nf4.slabs(Parts.of(weight), torch.float32, "cuda")]
+    assert len(slabs) == 4
+    assert torch.equal(torch.cat(slabs), expected(weight, torch.float32))
