@@ -133,16 +133,19 @@ void dequantize_run(const uint8_t* packed, float absmax, int64_t i, int64_t end,
 // A run: as many weights as the nibbles of one vector; its lane l has those from 8 l on.
 constexpr int kRun = 8 * kLanes;
 constexpr int kBand = 16;     // rows of W that a thread takes at a time,
-constexpr int kPiece = 4096;  // and elements of these rows
+constexpr int kPiece = 4096;  // and at most as many elements of each
 constexpr int kAbsmax = kPiece / 32 + kLanes;  // room for the absmax of a piece of a row, and to load more than there are
 constexpr int kSums = kVectorBytes == 64 ? 16 : 8;  // sums that fit in registers
-constexpr int kGroup = kVectorBytes == 64 ? 4 : 8;  // rows of x at a time: more where looking up costs more
+constexpr int kGroup = 8;                           // rows of x at a time
 
 // Whether every row of W is made of whole blocks and whole runs.
 inline bool has_runs(const Nf4& w, int64_t width) { return width % w.block == 0 && width % kRun == 0; }
 
-// How many of `rows` rows of x are taken together.
-inline int group_of(int rows) { return rows >= kGroup ? kGroup : rows >= 4 ? 4 : rows >= 2 ? 2 : 1; }
+// How many of `rows` rows of x are taken together: groups as even as can be.
+inline int group_of(int rows) {
+  const int groups = (rows + kGroup - 1) / kGroup;
+  return (rows + groups - 1) / groups;
+}
 
 // A run of `rows` rows of x as add_runs reads it: element 8 l + e of row r in the order of e, then of r, then of l.
 void turn_run(const float* x, int64_t width, int rows, float* out) {
@@ -151,21 +154,28 @@ void turn_run(const float* x, int64_t width, int rows, float* out) {
       for (int l = 0; l < kLanes; ++l) out[l] = x[r * width + 8 * l + e];
 }
 
+// Keeps v in a register. (GCC 12 would load it again for each use.)
+template <class V>
+inline V held(V v) {
+#if defined(__AVX2__)
+  asm("" : "+v"(v));
+#endif
+  return v;
+}
+
 inline VecInt load_words(const uint8_t* p) {
   VecInt q;
   __builtin_memcpy(&q, p, sizeof q);
-#if defined(__AVX2__)
-  asm("" : "+v"(q));  // GCC 12 would load it again for its other half
-#endif
-  return q;
+  return held(q);
 }
 
 // A piece of some rows of W and of x.
 struct Piece {
   const uint8_t *packed, *next;  // its first row of W, and that of the piece to come
   int64_t stride;                // bytes from row to row
-  const float* absmax;           // [rows of W, kAbsmax]
-  int shift;                     // blocks have 2^shift elements
+  const float* absmax;           // of its first row of W,
+  int64_t absmax_stride;         // from row to row,
+  int shift;                     // of blocks of 2^shift elements
   const float* x;
 
   // Byte b of every word of run i of row c, in the low bits of the lanes. Loading b bytes further costs no shift, but
@@ -178,7 +188,7 @@ struct Piece {
 
   // The absmax of each lane's block in run i of row c; `lanes` are the blocks' numbers.
   Vec<float> scale(int64_t i, int c, VecInt lanes) const {
-    const float* p = absmax + c * kAbsmax + (i * kRun >> shift);
+    const float* p = absmax + c * absmax_stride + (i * kRun >> shift);
 #if defined(__AVX512F__)
     return (Vec<float>)_mm512_maskz_permutexvar_ps(__mmask16(-1), (__m512i)lanes, (__m512)load(p));
 #elif defined(__AVX2__)
@@ -214,7 +224,7 @@ void add_runs(const Piece& piece, int64_t first, int64_t end, Vec<float>* sums) 
         Vec<float> weight[kHeight];
         for (int c = 0; c < kHeight; ++c) weight[c] = code(low ? q[c] : q[c] >> 4);
         for (int r = 0; r < kRows; ++r, x += kLanes) {
-          const Vec<float> v = load(x);
+          const Vec<float> v = held(load(x));
           for (int c = 0; c < kHeight; ++c) run[c][r] = b + low == 0 ? weight[c] * v : run[c][r] + weight[c] * v;
         }
       }
@@ -232,15 +242,20 @@ void add_piece(const Nf4& w, int64_t first, int64_t end, int64_t k, int64_t coun
                const float* x, Vec<float>* sums) {
   constexpr int kHeight = kSums / kRows < 4 ? kSums / kRows : 4;
   const int64_t runs = count / kRun, stride = width / 2, below = k + count == width ? end : first;
-  float absmax[kBand * kAbsmax];
   const int shift = __builtin_ctzll(w.block);
-  for (int64_t n = first; n < end; ++n)
-    absmax_of(w, (n * width + k) >> shift, ((count - 1) >> shift) + 1, absmax + (n - first) * kAbsmax);
+  float copies[kBand * kAbsmax];
+  const bool copied = w.nested_absmax != nullptr || end == height;  // the last ones, since loads reach beyond them
+  if (copied)
+    for (int64_t n = first; n < end; ++n)
+      absmax_of(w, (n * width + k) >> shift, ((count - 1) >> shift) + 1, copies + (n - first) * kAbsmax);
+  const float* absmax = copied ? copies : w.absmax + ((first * width + k) >> shift);
+  const int64_t absmax_stride = copied ? kAbsmax : width >> shift;
   for (int64_t n = first, rows; n < end; n += rows, sums += rows * kRows) {
     const uint8_t* packed = w.packed + n * stride + k / 2;
     const uint8_t* next = w.packed + below * stride + (k + count) % width / 2;
     if (n + kHeight < end) next = packed + kHeight * stride;
-    const Piece piece = {packed, next, stride, absmax + (n - first) * kAbsmax, shift, x + k * kRows};
+    const float* scales = absmax + (n - first) * absmax_stride;
+    const Piece piece = {packed, next, stride, scales, absmax_stride, shift, x + k * kRows};
     if (n + kHeight <= end && n + kHeight < height) {
       rows = kHeight;
       add_runs<kRows, kHeight, false>(piece, 0, runs, sums);
@@ -257,8 +272,10 @@ void add_piece(const Nf4& w, int64_t first, int64_t end, int64_t k, int64_t coun
 template <int kRows>
 void dot_band(const Nf4& w, int64_t first, int64_t end, int64_t width, int64_t height, const float* x, float* y) {
   Vec<float> sums[kBand * kRows] = {};
-  for (int64_t k = 0; k < width; k += kPiece)
-    add_piece<kRows>(w, first, end, k, width - k < kPiece ? width - k : kPiece, width, height, x, sums);
+  // The piece of x stays in the first cache.
+  constexpr int64_t kCount = kRows > 4 ? kPiece / 4 : kRows > 1 ? kPiece / 2 : kPiece;
+  for (int64_t k = 0; k < width; k += kCount)
+    add_piece<kRows>(w, first, end, k, width - k < kCount ? width - k : kCount, width, height, x, sums);
   for (int64_t n = first; n < end; n += kLanes)
     for (int r = 0; r < kRows; ++r) {
       Vec<float> parts[kLanes];
@@ -271,10 +288,11 @@ void dot_band(const Nf4& w, int64_t first, int64_t end, int64_t width, int64_t h
 
 void dot_rows(const Nf4& w, int64_t first, int64_t end, int64_t width, int64_t height, const float* x, int rows,
               float* y) {
+  constexpr decltype(&dot_band<1>) bands[kGroup] = {dot_band<1>, dot_band<2>, dot_band<3>, dot_band<4>,
+                                                    dot_band<5>, dot_band<6>, dot_band<7>, dot_band<8>};
   for (int r = 0, group; r < rows; r += group) {
     group = group_of(rows - r);
-    const auto band = group == kGroup ? dot_band<kGroup> : group == 4 ? dot_band<4> : group == 2 ? dot_band<2> : dot_band<1>;
-    band(w, first, end, width, height, x + r * width, y + r * height);
+    bands[group - 1](w, first, end, width, height, x + r * width, y + r * height);
   }
 }
 

@@ -138,10 +138,10 @@ def test_product_agrees_with_the_reference(nested, shape, dtype) -> None:
 @pytest.mark.parametrize("blocksize", [32, 64, 128, 4096])
 @statistics
 def test_product_with_rows_of_whole_blocks(nested, blocksize) -> None:
-    """The kernel for such rows takes 16 rows of W and 4096 elements of them at a time."""
+    """The kernel for such rows takes 16 rows of W and up to 4096 elements of them at a time, and 1 to 8 rows of x."""
     for shape in [(1, 4096), (33, 4096), (18, 8192)] if blocksize == 4096 else [(1, 128), (19, 256), (34, 4096 + 128)]:
         weight = quantize_nf4(matrix(*shape), blocksize=blocksize, nested=nested)
-        for rows in (1, 3, 16):
+        for rows in (*range(1, 9), 13):
             check(
                 partial(nf4_linear, weight=weight),
                 partial(reference.nf4_linear, weight=weight),
@@ -187,7 +187,7 @@ def test_zero_and_undefined_weights_stay_so() -> None:
     assert torch.equal(values.isnan(), torch.tensor([[False] * 128, [True] * 64 + [False] * 64]))
 
 
-@pytest.mark.parametrize("shape", [(33, 97), (64, 256)], ids=str)
+@pytest.mark.parametrize("shape", [(33, 97), (34, 4096 + 128)], ids=str)
 def test_same_bits_every_time_and_alone_or_beside_others(shape) -> None:
     weight = quantize_nf4(matrix(*shape))
     x = matrix(MATVEC_ROWS, shape[1], 1)
@@ -195,6 +195,7 @@ def test_same_bits_every_time_and_alone_or_beside_others(shape) -> None:
     assert torch.equal(nf4_linear(x, weight), whole)
     for i in range(MATVEC_ROWS):
         assert torch.equal(nf4_linear(x[i], weight), whole[i])
+        assert torch.equal(nf4_linear(x[: i + 1], weight), whole[: i + 1])
 
 
 @statistics
