@@ -5,6 +5,7 @@ from weakref import WeakSet
 
 from torch import nn
 
+from posttrain.integrations.causal_loss import replace_loss, restore_loss
 from posttrain.integrations.counting import count, say
 from posttrain.integrations.versions import installed
 from posttrain.models import ModelError, Report, prepare, restore
@@ -15,6 +16,7 @@ _DEFAULT = ("sdpa", "posttrain")  # attention that nobody asked for by name; ano
 _DROPOUT = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob", "attn_dropout")
 
 _prepared: WeakSet[nn.Module] = WeakSet()
+_attached: WeakSet[nn.Module] = WeakSet()  # those, and models that the script has prepared itself
 
 
 def patch(model: nn.Module, *, allow_untested: bool = False) -> Report:
@@ -54,12 +56,17 @@ def attach(model: Any) -> None:
         count("model prepared")
         _prepared.add(causal)
     say(f"posttrain: {_prepare(model)}")
+    replace_loss(causal)
+    _attached.add(causal)
 
 
 def detach() -> None:
     """Restore every model that `attach` has changed."""
+    for causal in list(_attached):
+        restore_loss(causal)
     for causal in list(_prepared):
         restore(causal)
+    _attached.clear()
     _prepared.clear()
 
 

@@ -4,6 +4,8 @@ Hooks, and there are no others:
 
     transformers.PreTrainedModel.from_pretrained    a causal LM that it has loaded is prepared
     transformers.Trainer.__init__                   so is the model a trainer was given, with the adapters on it by then
+    transformers.Trainer.compute_loss               its model computes the loss without logits where only that counts,
+    transformers.Trainer.prediction_step            and so in evaluation (trainer_steps.py)
     trl.trainer.utils                               the one place where TRL calls its language head
     trl's SFT, DPO, KTO, GRPO and RLOO trainers     the methods that run models (trl_batches.py), when one is made
 
@@ -18,6 +20,7 @@ from typing import Any
 
 from posttrain.integrations.counting import count, forget, say
 from posttrain.integrations.models import attach, detach
+from posttrain.integrations.trainer_steps import loss_without_logits, without_logits
 from posttrain.integrations.trl_batches import methods, shared
 from posttrain.integrations.trl_logprob import LanguageHead
 from posttrain.integrations.versions import installed
@@ -46,9 +49,9 @@ def enable(*, allow_untested: bool = False) -> None:
     say(f"posttrain is in {', '.join(f'{library} {number}' for library, number in versions.items())}:")
     _hook_transformers()
     say("  causal language models, when they are loaded or given to a trainer: norms, rotary, MLP, attention, LoRA")
+    say("  transformers' own Trainer: its loss by linear_logprob, padding left out, common prefixes computed once")
     if "trl" in versions:
         say(_hook_trl(versions["trl"]))
-    say("  not replaced: the loss of transformers' own Trainer, which needs the logits")
 
 
 def disable() -> None:
@@ -75,6 +78,10 @@ def _hook_transformers() -> None:
     loading = vars(PreTrainedModel)["from_pretrained"].__func__
     _replace(PreTrainedModel, "from_pretrained", classmethod(_loading(loading)))
     _replace(Trainer, "__init__", _making(Trainer.__init__))
+    ours = without_logits(Trainer.compute_loss)
+    _replace(Trainer, "compute_loss", ours)
+    evaluating = loss_without_logits(Trainer.prediction_step, lambda trainer: type(trainer).compute_loss is ours)
+    _replace(Trainer, "prediction_step", evaluating)
 
 
 def _loading(theirs: Callable[..., Any]) -> Callable[..., Any]:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from posttrain.integrations.counting import count, say
 from posttrain.ops import linear_logprob
@@ -49,8 +50,8 @@ class LanguageHead:
 
         Under autocast in its dtype, as TRL computes it. What `_obstacle` names is computed by TRL.
         """
-        dtype = _dtype(hidden)
-        obstacle = _obstacle(hidden, weight, dtype)
+        dtype = head_dtype(hidden)
+        obstacle = _obstacle(weight, dtype)
         if obstacle is not None:
             count(f"language head left to TRL: {obstacle}")
             say(f"posttrain: the language head is left to TRL: {obstacle}")
@@ -61,19 +62,27 @@ class LanguageHead:
         return _outputs(*tensors, targets, temperature, final_logit_softcapping, logit_scale, outputs)
 
 
-def _dtype(hidden: Tensor) -> torch.dtype:
+def head_dtype(hidden: Tensor) -> torch.dtype:
+    """In which the head is computed: autocast's, or that of the hidden states."""
     device = hidden.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
 
-def _obstacle(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> str | None:
+def _obstacle(weight: Tensor, dtype: torch.dtype) -> str | None:
     """Why `linear_logprob` shouldn't compute this, or None."""
-    if hidden.device.type not in ("cpu", "cuda"):
-        return f"there are no kernels for {hidden.device.type}"
-    if hasattr(weight, "ds_id"):
-        return "DeepSpeed ZeRO-3 has the head gathered only during the forward"
     if weight.dtype.itemsize < dtype.itemsize:
         return f"the {weight.dtype} head would need a copy in {dtype}"
+    return head_obstacle(weight)
+
+
+def head_obstacle(weight: Tensor) -> str | None:
+    """Why `linear_logprob` can't take this head, or None."""
+    if weight.device.type not in ("cpu", "cuda"):
+        return f"there are no kernels for {weight.device.type}"
+    if hasattr(weight, "ds_id"):
+        return "DeepSpeed ZeRO-3 has the head gathered only during the forward"
+    if isinstance(weight, DTensor):
+        return "the head is divided among processes (DTensor), and gathered only while the model runs it"
     return None
 
 
@@ -95,11 +104,11 @@ def _outputs(
             squared = linear_logprob(hidden, weight, targets, temperature=temperature / 2, **head)
             log_sum_sq_probs = 2 * ours.logprob - squared.logprob
         if "mean_logits" in outputs:
-            mean_logits = _mean_logits(hidden, weight, bias, softcap, logit_scale) / temperature
+            mean_logits = mean_of_logits(hidden, weight, bias, softcap, logit_scale) / temperature
     return ours.logprob, ours.entropy, log_sum_sq_probs, mean_logits, ours.is_top1 if "is_top1" in outputs else None
 
 
-def _mean_logits(
+def mean_of_logits(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, logit_scale: float
 ) -> Tensor:
     """Mean over the vocabulary of the logits `[N]`, before the temperature, in float32 (float64 for float64)."""

@@ -38,7 +38,7 @@ COMMON = {
     "train_sampling_strategy": "sequential",
 }
 HOOKS = ((PreTrainedModel, "from_pretrained"), (Trainer, "__init__"), (utils, "_ChunkedLogProbFunction"))
-HOOKS = (*HOOKS, (utils, "_use_triton"))
+HOOKS = (*HOOKS, (utils, "_use_triton"), (Trainer, "compute_loss"), (Trainer, "prediction_step"))
 
 
 class Recorder(TrainerCallback):
@@ -163,7 +163,7 @@ def test_enable_prints_once(capsys):
     said = capsys.readouterr().out
     assert f"transformers {transformers.__version__}" in said
     assert "language head in TRL's trainers: linear_logprob" in said
-    assert "not replaced: the loss of transformers' own Trainer" in said
+    assert "transformers' own Trainer: its loss by linear_logprob" in said
 
 
 def test_an_untested_version_raises_and_replaces_nothing(monkeypatch):
