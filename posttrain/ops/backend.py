@@ -41,7 +41,7 @@ SUPPORT: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "swiglu": {"cpu": _WIDE, "triton": _TRITON},
     "geglu": {"cpu": _WIDE, "triton": _TRITON},
     "packed_attention": {"cpu": (*_WIDE, *_HALF), "triton": _TRITON, "flash-attn": _HALF},
-    "paged_attention": {"cpu": (*_WIDE, *_HALF), "triton": _TRITON},
+    "paged_attention": {"cpu": (*_WIDE, *_HALF), "triton": _TRITON, "cuda": _TRITON},
     "sample": {"cpu": (torch.float32, *_HALF), "triton": _TRITON, "cuda": _TRITON},
     "nf4_dequantize": {"cpu": (*_WIDE, *_HALF), "triton": _TRITON, "cuda": _TRITON},
     "nf4_linear": {"cpu": (*_WIDE, *_HALF), "triton": _TRITON, "cuda": _TRITON},

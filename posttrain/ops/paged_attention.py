@@ -13,13 +13,14 @@ as in packed_attention.py. Nothing here has a gradient.
 """
 
 import math
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
 from posttrain import _C
 from posttrain.ops import reference
-from posttrain.ops.backend import backend_for
+from posttrain.ops.backend import CUDA_DTYPES, backend_for, cuda_kernels, cuda_stream
 from posttrain.ops.library import define
 
 
@@ -54,14 +55,16 @@ def paged_attention(
         `[T, Hq, D]`, in the dtype of `q`. Statistics are in float32 (float64 for float64); the backend "cpu" computes
         half precision through float32 copies of the pages in use. A query's output depends only on its own sequence up
         to itself, bit for bit, not on the rest of the batch; with "triton" as long as decoding (`query_lens` None) and
-        chunks are called apart. With "cpu" it doesn't depend on how many of the sequence's queries come in one call
-        either, and has the bits of `packed_attention` for a sequence that shares no prompt there.
+        chunks are called apart. With "cpu" and "cuda" it doesn't depend on how many of the sequence's queries come in
+        one call either, and with "cpu" has the bits of `packed_attention` for a sequence that shares no prompt there.
 
         Sequences whose tables begin with the same pages, as those of one prompt do, share the work on these pages
-        where they follow each other in the batch (with "cpu").
+        where they follow each other in the batch: with "cpu", and, in whole splits of 256 keys, with "cuda". That takes
+        each query of a chunk as a sequence of its own; Triton's chunks are faster.
 
     Raises:
-        ValueError: shapes, dtypes or devices that don't fit, with the numbers; tensors that need a gradient; and, for
+        ValueError: shapes, dtypes or devices that don't fit, with the numbers; tensors that need a gradient; with
+            "triton" and "cuda" heads over 256 wide, with "cuda" also keys that don't start at 16 bytes; and, for
             tensors on the CPU (a GPU would have to wait), lengths beyond the table and pages that don't exist.
     """
     _check(q, key_cache, value_cache, block_table, context_lens, query_lens, window, softcap, sinks)
@@ -192,6 +195,9 @@ def _forward(
         from posttrain.kernels.paged_attention import attend
 
         return attend(q, key_cache, value_cache, block_table, context_lens, query_lens, sinks, scale, window, softcap)
+    if backend == "cuda":
+        tables = _by_query(len(q), block_table, context_lens, query_lens)
+        return _cuda_forward(q, key_cache, value_cache, *tables, sinks, scale, window, softcap)
     if q.dtype in (torch.bfloat16, torch.float16):
         key_cache, value_cache, block_table = _widened(key_cache, value_cache, block_table, context_lens)
     return _cpu_forward(q, key_cache, value_cache, block_table, context_lens, query_lens, sinks, scale, window, softcap)
@@ -268,6 +274,75 @@ def _cpu_forward(
     )
     del kept
     return out.to(q.dtype)
+
+
+def _by_query(
+    tokens: int, block_table: Tensor, context_lens: Tensor, query_lens: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The pages and the context of each query; nothing waits for the lengths."""
+    if query_lens is None:
+        return block_table, context_lens
+    sequence = torch.arange(len(query_lens), device=query_lens.device)
+    sequence = sequence.repeat_interleave(query_lens, output_size=tokens)
+    later = query_lens.cumsum(0)[sequence] - torch.arange(tokens, device=query_lens.device)  # queries, itself included
+    return block_table[sequence], context_lens[sequence] - later.int() + 1
+
+
+def _cuda_forward(
+    q: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor,
+    context_lens: Tensor,
+    sinks: Tensor | None,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> Tensor:
+    """One query for each sequence."""
+    _check_vectors(q, key_cache, value_cache)
+    kernels = cuda_kernels(q)
+    tokens, heads, width = q.shape
+    page_size, key_heads = key_cache.shape[1:3]
+    splits = -(-block_table.shape[1] * page_size // kernels.cuda_paged_split())
+    out = q.new_empty(q.shape)
+    part_out = q.new_empty(tokens * heads * splits, width, dtype=torch.float32)
+    part_top, part_total = q.new_empty(2, tokens * heads * splits, dtype=torch.float32)
+    q = q if q.stride(2) == 1 else q.contiguous()
+    block_table = block_table if block_table.stride(1) == 1 else block_table.contiguous()
+    context_lens = context_lens.contiguous()
+    sinks = None if sinks is None else sinks.float().contiguous()
+    with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
+        kernels.cuda_paged_decode(
+            cuda_stream(q),
+            CUDA_DTYPES[q.dtype],
+            (q.data_ptr(), *q.stride()[:2]),
+            (key_cache.data_ptr(), *key_cache.stride()[:3]),
+            (value_cache.data_ptr(), *value_cache.stride()[:3]),
+            (block_table.data_ptr(), block_table.stride(0), context_lens.data_ptr()),
+            0 if sinks is None else sinks.data_ptr(),
+            (part_out.data_ptr(), part_top.data_ptr(), part_total.data_ptr()),
+            (tokens, heads, key_heads, width, page_size.bit_length() - 1, splits),
+            (scale, softcap, window),
+            out.data_ptr(),
+        )
+    return out
+
+
+def _check_vectors(q: Tensor, key_cache: Tensor, value_cache: Tensor) -> None:
+    """What the CUDA kernels need to read keys and values 16 bytes at a time."""
+    size = 16 // q.itemsize
+    if q.shape[2] > 256 or q.shape[2] % size:
+        raise ValueError(
+            f"paged_attention: the backend cuda takes heads of up to 256 wide, a multiple of {size} for {q.dtype}; "
+            f'got q {list(q.shape)}; use_backend("reference", "paged_attention") computes any width'
+        )
+    for name, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
+        if cache.stride(3) != 1 or any(stride % size for stride in cache.stride()[:3]) or cache.data_ptr() % 16:
+            raise ValueError(
+                f"paged_attention: the backend cuda needs heads of {name} that are contiguous and start at multiples "
+                f"of 16 bytes; got strides {list(cache.stride())} of {q.dtype} at address {cache.data_ptr()}"
+            )
 
 
 def _write(k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor) -> None:
