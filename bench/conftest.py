@@ -1,4 +1,4 @@
-"""Collects the tables of all benchmarks and prints them at the end, passed or failed."""
+"""Collects the tables of all benchmarks and prints them at the end, passed or failed; runs the suite of the package."""
 
 from collections.abc import Callable
 
@@ -6,8 +6,14 @@ import pytest
 
 from posttrain.bench.interleave import Comparison
 from posttrain.bench.record import record
+from posttrain.bench.session import Session
 
 _TABLES = pytest.StashKey[list[str]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The suite's part is what `posttrain bench` runs."""
+    config.pluginmanager.register(Session())
 
 
 @pytest.fixture

@@ -94,7 +94,8 @@ def _run(path: Path, content: dict[str, Any]) -> Run:
         spreads = Spread(**facts["seconds"]), Spread(**facts["speed"])
         figures[key] = Figure(*spreads, facts["error"], facts["peak_bytes"])
         extra[key] = facts
-    return Run(path, content["machine_info"], figures, extra)
+    machine = content["machine_info"]
+    return Run(path, machine | {"device": machine["device"]}, figures, extra)
 
 
 def _comparison(path: Path, content: dict[str, Any]) -> Run:

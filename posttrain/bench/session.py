@@ -13,9 +13,11 @@ import pytest
 
 from posttrain.bench.case import Case
 from posttrain.bench.cases import CASES
+from posttrain.bench.compare import compare
 from posttrain.bench.device import GPU, Roofline, measure_roofline
 from posttrain.bench.measure import OURS, PLAIN, NotMeasured, Table, measure
-from posttrain.bench.record import circumstances, run_file
+from posttrain.bench.record import circumstances, device_folder, run_file
+from posttrain.bench.results import newest_in, read
 from posttrain.bench.shapes import SUITES
 
 _HEAD = f"{'':<28}{'ms':>10}{'p20':>10}{'p80':>10}{'speed':>8}{'TFLOP/s':>9}{'GB/s':>8}{'roof':>6}{'error':>9}{'MB':>9}"
@@ -63,6 +65,7 @@ class Session:
     def __init__(self, selection: Selection | None = None) -> None:
         self.selection = selection or Selection()
         self.path: Path | None = None
+        self._before: Path | None = None
         self._roofline: Roofline | None = None
         self._tables: dict[str, dict[str, Table] | NotMeasured] = {}
         self._lines: list[str] = []
@@ -125,9 +128,10 @@ class Session:
         seconds, peak = table.comparison.seconds[column], table.columns[column].peak
         times = "".join(f"{1e3 * t:>10.3f}" for t in (seconds.median, seconds.p20, seconds.p80))
         flops = f"{facts['tflops']:>9.3f}" if table.flops else f"{'':>9}"
+        moved = f"{facts['gbytes']:>8.1f}" if table.moved else f"{'':>8}"
         memory = "" if peak is None else f"{peak / 2**20:>9.1f}"
         return (
-            f"  {column:<26}{times}{table.comparison.speedup[column].median:>8.2f}{flops}{facts['gbytes']:>8.1f}"
+            f"  {column:<26}{times}{table.comparison.speedup[column].median:>8.2f}{flops}{moved}"
             f"{facts['roofline']:>6.0%}{table.columns[column].error:>9.1e}{memory}"
         )
 
@@ -163,12 +167,15 @@ class Session:
         if not benchmarks.json and any(_is_ours(item.nodeid) for item in session.items):
             self.path = run_file(self.selection.suite, self.selection.out)
             benchmarks.json = str(self.path)
+            self._before = newest_in(device_folder(), self.selection.suite)
 
+    @pytest.hookimpl(tryfirst=True)
     def pytest_benchmark_generate_machine_info(self) -> dict[str, Any]:
         """The device and everything else that a figure depends on."""
         rates = self._roofline._asdict() if self._roofline else None
         return {**circumstances(), "suite": self.selection.suite, "roofline": rates, "left_out": sorted(self._left_out)}
 
+    @pytest.hookimpl(tryfirst=True)
     def pytest_benchmark_generate_commit_info(self) -> dict[str, Any]:
         """The commit, as in the machine info, or None without git."""
         found = circumstances()
@@ -204,6 +211,9 @@ class Session:
             terminalreporter.write_line(f"  {reason}" + (f" ({count} times)" if count > 1 else ""))
         if self.path and self.path.exists():
             terminalreporter.write_line(f"-> {self.path}")
+        if self.path and self.path.exists() and self._before:
+            terminalreporter.write_line(f"since {self._before}:")
+            terminalreporter.write_line(compare(read(self._before), read(self.path)).text())
 
 
 def session_of(config: pytest.Config) -> Session:

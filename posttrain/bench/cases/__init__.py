@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from posttrain.bench.case import Case
-from posttrain.bench.cases import attention, decode, elementwise, logprob, lora, nf4
+from posttrain.bench.cases import attention, decode, elementwise, logprob, lora, nf4, rollout, steps
 from posttrain.bench.shapes import Suite
 
 CASES: dict[str, Callable[[Suite], list[Case]]] = {
@@ -20,4 +20,8 @@ CASES: dict[str, Callable[[Suite], list[Case]]] = {
     "lora_qkv": lora.lora_qkv,
     "lora_mlp": lora.lora_mlp,
     "linear_logprob": logprob.linear_logprob,
+    "sft": steps.sft,
+    "dpo": steps.dpo,
+    "grpo": steps.grpo,
+    "rollout": rollout.rollout,
 }

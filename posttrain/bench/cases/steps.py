@@ -1,0 +1,153 @@
+"""Optimizer steps of SFT, DPO and GRPO on models of a shape with random weights, all of which are trained.
+
+Ours runs the packed batch, prompts once, through the prepared model and `linear_logprob`; plain PyTorch runs
+transformers' model on the padded batch, with the prompts copied, and log_softmax of its logits. Loss, backward and
+AdamW (with a learning rate of 0, so that the weights stay) are the same for both. GRPO's completions are given: what
+makes them is the case `rollout`. Operations are those of the matrix products of the packed tokens: 6 for each weight of
+the layers and token, and of the head and target; DPO's reference takes 2 more.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+from torch.nn.utils.rnn import pad_sequence
+
+from posttrain.bench.case import Case, Problem, Work
+from posttrain.bench.cases.model import make_models
+from posttrain.bench.device import DEVICE, DTYPE, GPU, WIDER
+from posttrain.bench.shapes import ModelShape, Suite
+
+STEP = "step"
+Logprobs = Callable[[], Tensor]
+Loss = Callable[[Logprobs, Tensor], Tensor]  # of the policy's log-probabilities, and their sequences
+
+
+class Texts(NamedTuple):
+    """Random sequences: tokens of each group's prompt, and of each answer to it."""
+
+    prompts: list[int]
+    answers: list[int]
+
+
+def sft(suite: Suite) -> list[Case]:
+    """Documents of different lengths."""
+    draw = torch.Generator().manual_seed(1)
+    spread = torch.randint(suite.tokens // 64, suite.tokens // 8, (64,), generator=draw)
+    lengths = spread[: int((spread.cumsum(0) < suite.tokens).sum())].tolist()
+    return _cases(
+        suite,
+        "sft",
+        f"{len(lengths)} documents of {sum(lengths)}",
+        Texts([1] * len(lengths), [n - 1 for n in lengths]),
+        1,
+        _sft,
+    )
+
+
+def dpo(suite: Suite) -> list[Case]:
+    """Four prompts with two answers each."""
+    prompt, answer = suite.tokens // 8, suite.tokens // 32
+    return _cases(suite, "dpo", f"4 x ({prompt} + 2 x {answer})", Texts([prompt] * 4, [answer] * 8), 2, _dpo)
+
+
+def grpo(suite: Suite) -> list[Case]:
+    """Two prompts with eight completions each."""
+    prompt, answer = suite.tokens // 8, suite.tokens // 32
+    return _cases(suite, "grpo", f"2 x ({prompt} + 8 x {answer})", Texts([prompt] * 2, [answer] * 16), 8, _grpo)
+
+
+def _sft(logprobs: Logprobs, sequence: Tensor) -> Tensor:
+    return -logprobs().mean()
+
+
+def _dpo(logprobs: Logprobs, sequence: Tensor) -> Tensor:
+    """-log sigmoid(0.1 (chosen - rejected)), each less the reference, which is the policy itself."""
+    count = int(sequence[-1]) + 1
+    with torch.no_grad():
+        reference = logprobs()
+    policy = logprobs()
+    sums = policy.new_zeros(count).index_add(0, sequence, policy - reference)
+    return -logsigmoid(0.1 * (sums[::2] - sums[1::2])).mean()
+
+
+def _grpo(logprobs: Logprobs, sequence: Tensor) -> Tensor:
+    """The clipped surrogate on-policy, with advantages that alternate."""
+    policy = logprobs()
+    ratio = (policy - policy.detach()).exp()
+    advantage = torch.where(sequence % 2 == 0, 1.0, -0.5)
+    return -torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage).mean()
+
+
+def _cases(suite: Suite, op: str, title: str, texts: Texts, each: int, loss: Loss) -> list[Case]:
+    longest = max(texts.prompts) + max(texts.answers)
+    cases = []
+    for model in suite.steps:
+        weights = max(4 * DTYPE.itemsize, DTYPE.itemsize + 2 * WIDER.itemsize) * model.weights
+        logits = 3.0 * WIDER.itemsize * len(texts.answers) * longest * model.vocabulary
+        need = weights + logits + 40.0 * len(texts.answers) * longest * model.layers * model.inner
+        make = partial(_problem, model, texts, each, longest, loss, 8 if op == "dpo" else 6)
+        cases.append(Case(op, f"{model.name}, {title} tokens", need, make, (STEP,)))
+    return cases
+
+
+def _problem(model: ModelShape, texts: Texts, each: int, longest: int, loss: Loss, factor: int) -> Problem:
+    from posttrain.models import token_logprobs
+
+    prepared, plain, wide = make_models(model, longest)
+    batch, rows, real = _batch(texts, each, model.vocabulary)
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=0.0, weight_decay=0.0, fused=GPU)
+
+    def padded(module: Any) -> Tensor:
+        """Of the targets, in the order of the packed batch."""
+        logits = module(input_ids=rows, attention_mask=torch.ones_like(rows), use_cache=False).logits
+        table = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+        return table[:, :-1].gather(-1, rows[:, 1:, None])[..., 0][real]
+
+    truth = _step(wide, partial(padded, wide), loss, batch.sequence)
+    del wide
+    work = Work(
+        factor * (model.layers * model.layer_weights * len(batch.input_ids))
+        + factor * float(model.hidden * model.vocabulary * len(batch.targets)),
+        0.0,
+    )
+    ours = partial(_step, prepared, lambda: token_logprobs(prepared, batch).logprob, loss, batch.sequence, optimizer)
+    theirs = partial(_step, plain, partial(padded, plain), loss, batch.sequence, optimizer)
+    return Problem((), ours, theirs, {STEP: work}, truth=lambda: truth)
+
+
+def _step(module: Any, logprobs: Logprobs, loss: Loss, sequence: Tensor, optimizer: Any = None) -> list[Tensor]:
+    """One optimizer step; the log-probabilities and the gradient of the first norm, which goes through all layers."""
+    seen: list[Tensor] = []
+
+    def noted() -> Tensor:
+        seen.append(logprobs())
+        return seen[-1]
+
+    module.zero_grad()
+    with torch.enable_grad():
+        loss(noted, sequence).backward()
+    if optimizer is not None:
+        optimizer.step()
+    return [seen[-1].detach(), module.get_decoder().layers[0].input_layernorm.weight.grad.clone()]
+
+
+def _batch(texts: Texts, each: int, vocabulary: int) -> tuple[Any, Tensor, Tensor]:
+    """(packed batch, padded token ids `[B, L]`, which of the padded tokens after the first are targets)."""
+    from posttrain.data import Example, PackedBatch
+
+    draw = torch.Generator().manual_seed(0)
+
+    def random(count: int) -> Tensor:
+        return torch.randint(3, vocabulary, (count,), generator=draw, dtype=torch.int32)
+
+    prompts = [random(count) for count in texts.prompts]
+    owner = [prompts[index // each] for index in range(len(texts.answers))]
+    ids = [torch.cat([prompt, random(count)]) for prompt, count in zip(owner, texts.answers, strict=True)]
+    masks = [torch.arange(len(x)) >= len(prompt) for x, prompt in zip(ids, owner, strict=True)]
+    examples = [Example(x.numpy(), mask.numpy()) for x, mask in zip(ids, masks, strict=True)]
+    rows, real = (pad_sequence(x, batch_first=True).to(DEVICE) for x in (ids, masks))
+    return PackedBatch.pack(examples, share_prefixes=each > 1).to(DEVICE), rows.long(), real[:, 1:]
