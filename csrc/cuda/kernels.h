@@ -22,15 +22,17 @@ struct LogitTransform {
   float scale, softcap, inverse_temperature;
 };
 
-// cpu/kernels.h has the contracts of both, for float32.
-int logprob_fold(void* stream, float* tile, int64_t stride, int64_t rows, int64_t cols, int64_t first_column,
-                 const int64_t* targets, const float* bias, LogitTransform transform, float* m, float* top, float* s,
-                 float* t, float* z_target, float* unit, int64_t width);
-int logprob_grad(void* stream, const float* tile, int64_t tile_stride, float* grad, int64_t grad_stride, int64_t rows,
-                 int64_t cols, int64_t first_column, const int64_t* targets, const float* bias,
-                 LogitTransform transform, bool finished, const float* logprob, const float* entropy,
-                 const float* lse, const float* lse_low, const float* grad_logprob, const float* grad_entropy,
-                 const float* grad_lse);
+// cpu/kernels.h has the contracts of both, for float32 tiles of at most kLogprobColumns columns; with these differences.
+// The fold leaves the tile as it is if `unit` is null. What is written takes the tile's place, row by row, rounded to
+// `dtype` (float32 or bfloat16): a row of bfloat16 fills the first half of its row.
+constexpr int64_t kLogprobColumns = 2048;
+int logprob_fold(void* stream, int dtype, float* tile, int64_t stride, int64_t rows, int64_t cols,
+                 int64_t first_column, const int64_t* targets, const float* bias, LogitTransform transform, float* m,
+                 float* top, float* s, float* t, float* z_target, float* unit, int64_t width);
+int logprob_grad(void* stream, int dtype, float* tile, int64_t stride, int64_t rows, int64_t cols,
+                 int64_t first_column, const int64_t* targets, const float* bias, LogitTransform transform,
+                 const float* logprob, const float* entropy, const float* lse, const float* lse_low,
+                 const float* grad_logprob, const float* grad_entropy, const float* grad_lse);
 
 // sample.cu: posttrain/ops/sample.py has the contract; logits have contiguous rows, `stride` elements apart.
 

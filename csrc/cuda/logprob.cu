@@ -2,129 +2,251 @@
 // statistics, or turned into its own gradient (posttrain/ops/logprob.py has the formulas, csrc/cpu/logprob.cpp the
 // same on a CPU).
 //
-// One block per row, 16 bytes per access. A thread visits the same elements in every pass over its row, so passes need
-// no barrier but that of the reductions, whose order is fixed: repeated runs give the same bits.
+// One block per row, in whose registers the row's part of the tile waits for its maximum: every logit is read once, and
+// nothing but what the next GEMM multiplies is written, in the dtype that it multiplies. A row's sums have one order,
+// whatever the rows beside it and the alignment are: repeated runs and repeated rows give the same bits.
+#include <type_traits>
+
 #include "cuda/device.h"
 
 namespace posttrain::cuda {
 
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 128, kWarps = kThreads / 32;
+constexpr int kGroups = kLogprobColumns / (4 * kThreads);  // of four neighbouring columns, for each thread
 constexpr float kSlack = 16.0f;  // how far a tile's maximum may exceed the reference before the reference moves
 
-// out[j] = body(in[j], j) over a row; `out` may be null, and may be `in`.
-template <class Body>
-__device__ void over_row(const float* in, float* out, int64_t cols, Body body) {
-  const int64_t vectors = is_aligned(in) && is_aligned(out) ? cols / 4 : 0;
-  for (int64_t i = threadIdx.x; i < vectors; i += kThreads) {
-    float4 v = reinterpret_cast<const float4*>(in)[i];
-    v.x = body(v.x, 4 * i);
-    v.y = body(v.y, 4 * i + 1);
-    v.z = body(v.z, 4 * i + 2);
-    v.w = body(v.w, 4 * i + 3);
-    if (out) reinterpret_cast<float4*>(out)[i] = v;
+// Four neighbouring floats, zero from `room` on.
+__device__ __forceinline__ float4 four(const float* from, int room, bool aligned) {
+  float4 v = {0, 0, 0, 0};
+  if (aligned) {
+    if (room > 0) v = *reinterpret_cast<const float4*>(from);
+    return v;
   }
-  for (int64_t j = 4 * vectors + threadIdx.x; j < cols; j += kThreads) {
-    const float v = body(in[j], j);
-    if (out) out[j] = v;
-  }
+  if (room > 0) v.x = from[0];
+  if (room > 1) v.y = from[1];
+  if (room > 2) v.z = from[2];
+  if (room > 3) v.w = from[3];
+  return v;
 }
 
-__device__ float transformed(float a, float bias, const LogitTransform& f) {
+__device__ __forceinline__ void put_four(float* to, const float* x) {
+  *reinterpret_cast<float4*>(to) = make_float4(x[0], x[1], x[2], x[3]);
+}
+__device__ __forceinline__ void put_four(__nv_bfloat16* to, const float* x) {
+  struct alignas(8) {
+    __nv_bfloat162 pairs[2];
+  } v = {__float22bfloat162_rn(make_float2(x[0], x[1])), __float22bfloat162_rn(make_float2(x[2], x[3]))};
+  *reinterpret_cast<uint2*>(to) = *reinterpret_cast<const uint2*>(&v);
+}
+
+template <bool kCapped>
+__device__ __forceinline__ float transformed(float a, float bias, const LogitTransform& f) {
   const float scaled = (a + bias) * f.scale;
-  return (f.softcap == 0 ? scaled : f.softcap * tanhf(scaled / f.softcap)) * f.inverse_temperature;
+  return (kCapped ? f.softcap * tanhf(scaled / f.softcap) : scaled) * f.inverse_temperature;
 }
 
 // d cap(t) / dt from z: 1 - tanh^2.
-__device__ float slope(float z, const LogitTransform& f) {
-  if (f.softcap == 0) return 1.0f;
-  const float th = z / (f.softcap * f.inverse_temperature);
+template <bool kCapped>
+__device__ __forceinline__ float slope(float z, const LogitTransform& f) {
+  const float th = kCapped ? z / (f.softcap * f.inverse_temperature) : 0.0f;
   return 1.0f - th * th;
 }
 
-__global__ void __launch_bounds__(kThreads, 3)
-    fold_kernel(float* tile, int64_t stride, int64_t cols, int64_t first_column, const int64_t* targets,
-                const float* bias, LogitTransform f, float* m, float* top, float* s, float* t, float* z_target,
-                float* unit, int64_t width) {
-  const int64_t i = blockIdx.x;
-  float* row = tile + i * stride;
-  const int64_t y = targets[i] - first_column;
-  float tile_top = -INFINITY;
-  over_row(row, row, cols, [&](float a, int64_t j) {
-    const float z = transformed(a, bias ? bias[j] : 0.0f, f);
-    if (j == y)
-      z_target[i] = z;
-    else
-      tile_top = fmaxf(tile_top, z);
-    return z;
-  });
-  tile_top = reduce_block<kThreads>(tile_top, -INFINITY, Maximum{});
+// What a thread holds of a row: four columns of every group.
+using Part = float[4 * kGroups];
 
-  const float before = m[i], s_before = s[i], t_before = t ? t[i] : 0.0f;
+__device__ __forceinline__ int column(int element) {
+  return 4 * kThreads * (element / 4) + 4 * int(threadIdx.x) + element % 4;
+}
+
+// Which of this thread's elements is the target, -1 if none.
+__device__ __forceinline__ int target_element(int64_t target, int64_t first_column, int cols) {
+  const int64_t j = target - first_column;
+  if (j < 0 || j >= cols || j / 4 % kThreads != threadIdx.x) return -1;
+  return int(j) / (4 * kThreads) * 4 + int(j) % 4;
+}
+
+// z of a row of raw logits, -inf beyond its end.
+template <bool kCapped>
+__device__ __forceinline__ void load_row(const float* row, const float* bias, int cols, bool aligned,
+                                         const LogitTransform& f, Part& z) {
+#pragma unroll
+  for (int g = 0; g < kGroups; ++g) {
+    const int j = column(4 * g);
+    const float4 a = four(row + j, cols - j, aligned);
+    z[4 * g] = a.x, z[4 * g + 1] = a.y, z[4 * g + 2] = a.z, z[4 * g + 3] = a.w;
+  }
+#pragma unroll
+  for (int g = 0; g < kGroups; ++g) {
+    const int j = column(4 * g);
+    const float4 b = bias ? four(bias + j, cols - j, aligned) : float4{0, 0, 0, 0};
+    const float bs[4] = {b.x, b.y, b.z, b.w};
+#pragma unroll
+    for (int k = 0; k < 4; ++k)
+      z[4 * g + k] = j + k < cols ? transformed<kCapped>(z[4 * g + k], bs[k], f) : -INFINITY;
+  }
+}
+
+// x over the row's own memory, rounded to T, when all threads have read what they need of it.
+template <class T>
+__device__ __forceinline__ void store_row(float* row, int cols, bool aligned, const Part& x) {
+  T* to = reinterpret_cast<T*>(row);
+#pragma unroll
+  for (int g = 0; g < kGroups; ++g) {
+    const int j = column(4 * g);
+    if (aligned) {
+      if (j < cols) put_four(to + j, x + 4 * g);
+      continue;
+    }
+#pragma unroll
+    for (int k = 0; k < 4; ++k)
+      if (j + k < cols) store(to + j + k, x[4 * g + k]);
+  }
+}
+
+template <class Combine>
+__device__ float combine_warps(const float (&of_warp)[kWarps], Combine combine) {
+  float x = of_warp[0];
+#pragma unroll
+  for (int w = 1; w < kWarps; ++w) x = combine(x, of_warp[w]);
+  return x;
+}
+
+// `combine` over the block, given to every thread; of_warp is used only here.
+template <class Combine>
+__device__ float reduce_row(float x, float (&of_warp)[kWarps], Combine combine) {
+  x = reduce_warp(x, combine);
+  if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = x;
+  __syncthreads();
+  return combine_warps(of_warp, combine);
+}
+
+// Multiplies a row of the unit by `factor`.
+__device__ void rescale(float* row, int64_t width, float factor) {
+  const int64_t fours = is_aligned(row) ? width / 4 : 0;
+  for (int64_t i = threadIdx.x; i < fours; i += kThreads) {
+    float4& v = reinterpret_cast<float4*>(row)[i];
+    v = make_float4(v.x * factor, v.y * factor, v.z * factor, v.w * factor);
+  }
+  for (int64_t i = 4 * fours + threadIdx.x; i < width; i += kThreads) row[i] *= factor;
+}
+
+template <class T, bool kCapped>
+__global__ void __launch_bounds__(kThreads)
+    fold_kernel(float* tile, int64_t stride, int cols, bool aligned, int64_t first_column,
+                const int64_t* targets, const float* bias, LogitTransform f, float* m, float* top, float* s, float* t,
+                float* z_target, float* unit, int64_t width) {
+  const int64_t i = blockIdx.x;
+  const int y = target_element(targets[i], first_column, cols);
+  const float before = m[i], top_before = top[i], s_before = s[i], t_before = t ? t[i] : 0.0f;
+  Part z;
+  load_row<kCapped>(tile + i * stride, bias, cols, aligned, f, z);
+  float tile_top = -INFINITY, z_of_target = 0.0f;
+#pragma unroll
+  for (int e = 0; e < 4 * kGroups; ++e) {
+    z_of_target = e == y ? z[e] : z_of_target;
+    z[e] = e == y ? -INFINITY : z[e];  // the statistics are those of the other tokens
+    tile_top = fmaxf(tile_top, z[e]);
+  }
+  if (y >= 0) z_target[i] = z_of_target;
+  __shared__ float tops[kWarps], sums[kWarps], weighted_sums[kWarps];
+  tile_top = reduce_row(tile_top, tops, Maximum{});
+
   const bool moves = !(tile_top <= before + kSlack) && tile_top > -INFINITY;
   const bool first = before == -INFINITY;
   const float after = moves ? tile_top : before;
   const float factor = !moves ? 1.0f : first ? 0.0f : expf(before - after);
   const float reference = after == -INFINITY ? 0.0f : after;
-  if (unit && moves && !first)
-    over_row(unit + i * width, unit + i * width, width, [=](float u, int64_t) { return u * factor; });
+  if (unit && moves && !first) rescale(unit + i * width, width, factor);
 
   float sum = 0.0f, weighted = 0.0f;
-  over_row(row, unit ? row : nullptr, cols, [&](float z, int64_t j) {
-    const float e = j == y ? 0.0f : expf(z - reference);
-    sum += e;
-    if (e > 0.0f) weighted += e * (z - reference);
-    return e > 0.0f ? e * slope(z, f) : e;
-  });
-  sum = reduce_block<kThreads>(sum, 0.0f, Sum{});
-  if (t) weighted = reduce_block<kThreads>(weighted, 0.0f, Sum{});
+#pragma unroll
+  for (int e = 0; e < 4 * kGroups; ++e) {
+    const float x = expf(z[e] - reference);
+    sum += x;
+    if (x > 0.0f) weighted += x * (z[e] - reference);
+    z[e] = x > 0.0f ? x * slope<kCapped>(z[e], f) : x;
+  }
+  if (unit) store_row<T>(tile + i * stride, cols, aligned, z);
+  weighted = reduce_warp(weighted, Sum{});
+  if (threadIdx.x % 32 == 0) weighted_sums[threadIdx.x / 32] = weighted;
+  sum = reduce_row(sum, sums, Sum{});
   if (threadIdx.x != 0) return;
+  weighted = combine_warps(weighted_sums, Sum{});
   const float shifted = moves && !first ? (before - after) * s_before : 0.0f;
   if (t) t[i] = (first ? 0.0f : factor * (t_before + shifted)) + weighted;
   s[i] = factor * s_before + sum;
   m[i] = after;
-  top[i] = fmaxf(top[i], tile_top);
+  top[i] = fmaxf(top_before, tile_top);
 }
 
-__global__ void __launch_bounds__(kThreads, 3)
-    grad_kernel(const float* tile, int64_t tile_stride, float* grad, int64_t grad_stride, int64_t cols,
-                int64_t first_column, const int64_t* targets, const float* bias, LogitTransform f, bool finished,
-                const float* logprob, const float* entropy, const float* lse, const float* lse_low,
-                const float* grad_logprob, const float* grad_entropy, const float* grad_lse) {
+template <class T, bool kCapped>
+__global__ void __launch_bounds__(kThreads)
+    grad_kernel(float* tile, int64_t stride, int cols, bool aligned, int64_t first_column,
+                const int64_t* targets, const float* bias, LogitTransform f, const float* logprob,
+                const float* entropy, const float* lse, const float* lse_low, const float* grad_logprob,
+                const float* grad_entropy, const float* grad_lse) {
   const int64_t i = blockIdx.x;
-  const int64_t y = targets[i] - first_column;
+  const int y = target_element(targets[i], first_column, cols);
   const float g = grad_logprob ? grad_logprob[i] : 0.0f, g_lse = grad_lse ? grad_lse[i] : 0.0f;
   const float g_entropy = grad_entropy ? grad_entropy[i] : 0.0f, h = grad_entropy ? entropy[i] : 0.0f;
   const float high = lse[i], low = lse_low[i], log_p_target = logprob[i];
-  const float factor = f.scale * f.inverse_temperature;
-  over_row(tile + i * tile_stride, grad + i * grad_stride, cols, [=](float a, int64_t j) {
-    const float z = finished ? a : transformed(a, bias ? bias[j] : 0.0f, f);
-    const float log_p = j == y ? log_p_target : (z - high) - low;
-    const float p = expf(log_p);
-    float dz = j == y ? p * g_lse - g * expm1f(log_p) : p * (g_lse - g);
-    if (p > 0.0f) dz -= p * g_entropy * (log_p + h);
-    return dz * factor * slope(z, f);
-  });
+  const float scale = f.scale * f.inverse_temperature;
+  const auto uncertainty = [=](float log_p, float p) { return p > 0.0f ? p * g_entropy * (log_p + h) : 0.0f; };
+  const float p_target = expf(log_p_target);
+  const float dz_target = p_target * g_lse - g * expm1f(log_p_target) - uncertainty(log_p_target, p_target);
+  Part z;
+  load_row<kCapped>(tile + i * stride, bias, cols, aligned, f, z);
+#pragma unroll
+  for (int e = 0; e < 4 * kGroups; ++e) {
+    const float log_p = (z[e] - high) - low, p = expf(log_p);
+    const float dz = p * (g_lse - g) - uncertainty(log_p, p);
+    z[e] = (e == y ? dz_target : dz) * scale * slope<kCapped>(z[e], f);
+  }
+  __syncthreads();
+  store_row<T>(tile + i * stride, cols, aligned, z);
+}
+
+bool takes_fours(const float* tile, int64_t stride, int64_t cols, const float* bias) {
+  return is_aligned(tile) && stride % 4 == 0 && cols % 4 == 0 && is_aligned(bias);
+}
+
+// call(T{}, capped) with T as the next GEMM multiplies it, and whether there is a softcap.
+template <class Call>
+int by_variant(int dtype, float softcap, Call call) {
+  const auto by_cap = [&](auto element) {
+    return softcap == 0 ? call(element, std::false_type{}) : call(element, std::true_type{});
+  };
+  if (dtype == kFloat32) return by_cap(float{});
+  if (dtype == kBfloat16) return by_cap(__nv_bfloat16{});
+  return cudaErrorInvalidValue;
 }
 
 }  // namespace
 
-int logprob_fold(void* stream, float* tile, int64_t stride, int64_t rows, int64_t cols, int64_t first_column,
-                 const int64_t* targets, const float* bias, LogitTransform transform, float* m, float* top, float* s,
-                 float* t, float* z_target, float* unit, int64_t width) {
-  return launch(fold_kernel, rows, kThreads, 0, stream, tile, stride, cols, first_column, targets, bias, transform, m,
-                top, s, t, z_target, unit, width);
+int logprob_fold(void* stream, int dtype, float* tile, int64_t stride, int64_t rows, int64_t cols,
+                 int64_t first_column, const int64_t* targets, const float* bias, LogitTransform transform, float* m,
+                 float* top, float* s, float* t, float* z_target, float* unit, int64_t width) {
+  if (cols > kLogprobColumns) return cudaErrorInvalidValue;
+  return by_variant(dtype, transform.softcap, [=](auto element, auto capped) {
+    return launch(fold_kernel<decltype(element), capped>, rows, kThreads, 0, stream, tile, stride, int(cols),
+                  takes_fours(tile, stride, cols, bias), first_column, targets, bias, transform, m, top, s, t, z_target,
+                  unit, width);
+  });
 }
 
-int logprob_grad(void* stream, const float* tile, int64_t tile_stride, float* grad, int64_t grad_stride, int64_t rows,
-                 int64_t cols, int64_t first_column, const int64_t* targets, const float* bias,
-                 LogitTransform transform, bool finished, const float* logprob, const float* entropy,
-                 const float* lse, const float* lse_low, const float* grad_logprob, const float* grad_entropy,
-                 const float* grad_lse) {
-  return launch(grad_kernel, rows, kThreads, 0, stream, tile, tile_stride, grad, grad_stride, cols, first_column,
-                targets, bias, transform, finished, logprob, entropy, lse, lse_low, grad_logprob, grad_entropy,
-                grad_lse);
+int logprob_grad(void* stream, int dtype, float* tile, int64_t stride, int64_t rows, int64_t cols,
+                 int64_t first_column, const int64_t* targets, const float* bias, LogitTransform transform,
+                 const float* logprob, const float* entropy, const float* lse, const float* lse_low,
+                 const float* grad_logprob, const float* grad_entropy, const float* grad_lse) {
+  if (cols > kLogprobColumns) return cudaErrorInvalidValue;
+  return by_variant(dtype, transform.softcap, [=](auto element, auto capped) {
+    return launch(grad_kernel<decltype(element), capped>, rows, kThreads, 0, stream, tile, stride, int(cols),
+                  takes_fours(tile, stride, cols, bias), first_column, targets, bias, transform, logprob, entropy, lse,
+                  lse_low, grad_logprob, grad_entropy, grad_lse);
+  });
 }
 
 }  // namespace posttrain::cuda

@@ -8,10 +8,10 @@ Vocabulary outside, rows inside, one tile of at most ROWS x COLUMNS logits at a 
                    d logprob / dx = q (W_y - E / s): a frozen head's backward is one multiplication
     gradient       the tile again (or the cached logits), turned into dlogits, then the two GEMMs of a linear layer
 
-Everything is computed in float32 (float64 for float64); half-precision weights are widened slab by slab. On a GPU the
-GEMMs take bfloat16 as it is and give float32: logits come out the same, but what multiplies bfloat16 in a second GEMM
-(x A^T, e^(z-m), the gradient of the logits) is rounded once. float16 can't hold e^(z-m), which may reach e^16, so it is
-widened there too.
+Everything is computed in float32 (float64 for float64); half-precision weights are widened slab by slab. The CUDA
+kernels' GEMMs take bfloat16 as it is and give float32: logits come out the same, but what multiplies bfloat16 in a
+second GEMM (x A^T, e^(z-m), the gradient of the logits) is rounded once, by the kernel that makes it, in the tile's own
+memory. float16 can't hold e^(z-m), which may reach e^16, so it is widened there too.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,10 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from posttrain import _C
-from posttrain.ops.backend import cuda_kernels, cuda_stream
+from posttrain.ops.backend import CUDA_DTYPES, cuda_kernels, cuda_stream
 from posttrain.ops.logprob_problem import IGNORED, Grads, Needs, Problem, has_gradient
 
-ROWS, COLUMNS = 4096, 2048
+ROWS, COLUMNS = 4096, 2048  # no more columns than kLogprobColumns of csrc/cuda/kernels.h
 
 
 class _Targets(NamedTuple):
@@ -53,21 +53,23 @@ def forward(p: Problem, save: str, backend: str) -> tuple[Tensor, ...]:
 
     `backend` is "cpu" or "cuda": whose kernels fold the tiles.
     """
-    fold = _kernel("logprob_fold", p, backend)
-    t = _select(p, p.targets != IGNORED)
+    factor = _factor(p, backend)
+    t = _select(p, p.targets != IGNORED, factor)
     wide = _wide(p)
     state = t.x.new_zeros(5, len(t.y), dtype=wide)  # m, largest other logit, s, t, the target's logit
     state[:2] = -torch.inf
     unit = torch.empty_like(t.x, dtype=wide) if save == "unit" else None
     logits = t.x.new_empty(len(t.y), len(p.weight), dtype=wide) if save == "logits" else None
     buffer = _buffer(p, t)
-    for slab in _slabs(p):
+    for slab in _slabs(p, factor):
         for block in _blocks(p, t):
             tile = _view(buffer, block, slab) if logits is None else logits[block, slab.columns]
             _make_logits(tile, t, block, slab)
-            _fold(fold, tile, p, t.y[block], slab, state[:, block], None if unit is None else unit[block])
+            _fold(tile, p, t.y[block], slab, state[:, block], None if unit is None else unit[block], backend)
             if unit is not None:
-                _add_product(unit[block], tile, slab.weight, beta=0 if slab.columns.start == 0 else 1)
+                _add_product(
+                    unit[block], _as_factor(tile, factor), slab.weight, beta=0 if slab.columns.start == 0 else 1
+                )
     if unit is not None:
         _finish_unit(unit, p, t, state)
     return (*_finish(p, t, state), _spread(unit if logits is None else logits, p, t))
@@ -98,11 +100,11 @@ def backward(
     backend: str,
 ) -> Grads:
     """All gradients, from the logits recomputed by tiles or cached by the forward; rows with none cost nothing."""
-    make_gradient = _kernel("logprob_grad", p, backend)
+    factor = _factor(p, backend)
     active = has_gradient(p, grad_logprob, grad_entropy, grad_lse)
     if not bool(active.any()):
         return _zeros(p, needs)
-    t = _select(p, active)
+    t = _select(p, active, factor)
     grads = _Gradients(p, t, needs)
     per_target = (
         logprob,
@@ -115,7 +117,7 @@ def backward(
     )
     per_row = [None if g is None else _pick(g, p, t) for g in per_target]
     buffer = _buffer(p, t)
-    for slab in _slabs(p):
+    for slab in _slabs(p, factor):
         grads.open(slab)
         for block in _blocks(p, t):
             tile = _view(buffer, block, slab)
@@ -125,7 +127,6 @@ def backward(
             else:
                 source = logits[block, slab.columns] if t.kept is None else logits[t.kept[block], slab.columns]
             _make_gradient(
-                make_gradient,
                 source,
                 tile,
                 p,
@@ -133,8 +134,9 @@ def backward(
                 slab,
                 logits is not None,
                 [None if g is None else g[block] for g in per_row],
+                backend,
             )
-            grads.add(tile, block, slab)
+            grads.add(_as_factor(tile, factor), block, slab)
         grads.close(slab)
     return grads.finish()
 
@@ -171,7 +173,7 @@ class _Gradients:
         if weight is not None:
             _add_product(weight, tile.T, self.t.x[block], beta)
         if bias is not None:
-            bias.add_(tile.sum(0))
+            bias.add_(tile.sum(0, dtype=bias.dtype))
         if lora_b is not None and self.t.lora_x is not None:
             _add_product(lora_b, tile.T, self.t.lora_x[block], beta)
 
@@ -206,12 +208,11 @@ def _zeros(p: Problem, needs: Needs) -> Grads:
     return Grads(*zeros)
 
 
-def _select(p: Problem, wanted: Tensor) -> _Targets:
+def _select(p: Problem, wanted: Tensor, factor: torch.dtype) -> _Targets:
     kept = None if bool(wanted.all()) else wanted.nonzero().squeeze(-1)
     rows, y = p.rows, p.targets
     if kept is not None:
         rows, y = kept if rows is None else rows[kept], y[kept]
-    factor = _factor(p)
     x = (p.hidden if rows is None else p.hidden[rows]).to(factor)
     lora_x = None
     if p.lora_a is not None:
@@ -224,13 +225,18 @@ def _wide(p: Problem) -> torch.dtype:
     return torch.promote_types(p.hidden.dtype, torch.float32)
 
 
-def _factor(p: Problem) -> torch.dtype:
+def _factor(p: Problem, backend: str) -> torch.dtype:
     """The dtype of what GEMMs multiply."""
-    return p.hidden.dtype if p.hidden.is_cuda and p.hidden.dtype == torch.bfloat16 else _wide(p)
+    return p.hidden.dtype if backend == "cuda" and p.hidden.dtype == torch.bfloat16 else _wide(p)
 
 
-def _slabs(p: Problem) -> Iterator[_Slab]:
-    wide, factor = _wide(p), _factor(p)
+def _as_factor(tile: Tensor, factor: torch.dtype) -> Tensor:
+    """What a kernel left in a tile, in the first part of each row if it takes less room than the logits did."""
+    return tile.view(factor)[:, : tile.shape[1]]
+
+
+def _slabs(p: Problem, factor: torch.dtype) -> Iterator[_Slab]:
+    wide = _wide(p)
     for start in range(0, len(p.weight), COLUMNS):
         columns = slice(start, min(start + COLUMNS, len(p.weight)))
         bias = None if p.bias is None else p.bias[columns].to(wide)
@@ -272,10 +278,11 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, beta: int = 1) -> Tensor:
-    """total = beta total + a b, with `a` rounded to the dtype of `b`; only CUDA multiplies half and sums in float32."""
-    if b.dtype == total.dtype:
-        return total.addmm_(a, b, beta=beta)
-    return torch.addmm(total, a.to(b.dtype), b, beta=beta, out_dtype=total.dtype, out=total)
+    """total = beta total + a b, with `a` rounded to the dtype of `b`; a GPU multiplies half and sums in float32."""
+    a = a.to(b.dtype)
+    if b.dtype == total.dtype or not total.is_cuda:
+        return total.addmm_(a.to(total.dtype), b.to(total.dtype), beta=beta)
+    return torch.addmm(total, a, b, beta=beta, out_dtype=total.dtype, out=total)
 
 
 def _add_rows(total: Tensor, rows: Tensor, x: Tensor) -> Tensor:
@@ -283,18 +290,9 @@ def _add_rows(total: Tensor, rows: Tensor, x: Tensor) -> Tensor:
     return total.index_put_((rows,), x, accumulate=True) if total.is_cuda else total.index_add_(0, rows, x)
 
 
-def _fold(
-    kernel: Callable[..., None],
-    tile: Tensor,
-    p: Problem,
-    y: Tensor,
-    slab: _Slab,
-    state: Tensor,
-    unit: Tensor | None,
-) -> None:
+def _fold(tile: Tensor, p: Problem, y: Tensor, slab: _Slab, state: Tensor, unit: Tensor | None, backend: str) -> None:
     m, top, s, t, z_target = state
-    kernel(
-        tile.itemsize,
+    _kernel("logprob_fold", p, backend)(
         tile.data_ptr(),
         tile.stride(0),
         *tile.shape,
@@ -313,7 +311,6 @@ def _fold(
 
 
 def _make_gradient(
-    kernel: Callable[..., None],
     source: Tensor,
     tile: Tensor,
     p: Problem,
@@ -321,13 +318,13 @@ def _make_gradient(
     slab: _Slab,
     finished: bool,
     per_row: list[Tensor | None],
+    backend: str,
 ) -> None:
-    """Gradient of the logits in `source` (raw, or finished z) into `tile`."""
+    """Gradient of the logits in `source` (raw, or finished z) into `tile`; the CUDA kernel has raw ones in `tile`."""
     logprob, entropy, lse, lse_low, grad_logprob, grad_entropy, grad_lse = map(_address, per_row)
-    kernel(
-        tile.itemsize,
-        source.data_ptr(),
-        source.stride(0),
+    on_cpu = backend == "cpu"
+    _kernel("logprob_grad", p, backend)(
+        *((source.data_ptr(), source.stride(0)) if on_cpu else ()),
         tile.data_ptr(),
         tile.stride(0),
         *tile.shape,
@@ -335,7 +332,7 @@ def _make_gradient(
         y.data_ptr(),
         _address(slab.bias),
         *_transform(p),
-        finished,
+        *((finished,) if on_cpu else ()),
         logprob,
         entropy,
         lse,
@@ -347,10 +344,11 @@ def _make_gradient(
 
 
 def _kernel(name: str, p: Problem, backend: str) -> Callable[..., None]:
-    """The C++ kernel, or the CUDA kernel of the same contract on the current stream."""
+    """The C++ kernel, or the CUDA kernel on the current stream, which writes what the next GEMM multiplies."""
     if backend == "cpu":
-        return getattr(_C, name)
-    return partial(getattr(cuda_kernels(p.hidden), f"cuda_{name}"), cuda_stream(p.hidden))
+        return partial(getattr(_C, name), _wide(p).itemsize)
+    kernel = getattr(cuda_kernels(p.hidden), f"cuda_{name}")
+    return partial(kernel, cuda_stream(p.hidden), CUDA_DTYPES[_factor(p, backend)])
 
 
 def _transform(p: Problem) -> tuple[float, float, float]:

@@ -7,11 +7,11 @@ from tolerance import HALF, assert_as_good_as, assert_true_to
 from posttrain.ops import linear_logprob, logprob_tiled, reference, use_backend
 
 
-@pytest.fixture(autouse=True)
-def small_tiles(monkeypatch):
-    """Tiles that small problems cross several of, with rows that are not 16-byte aligned."""
+@pytest.fixture(params=[131, 136])
+def small_tiles(monkeypatch, request):
+    """Tiles that small problems cross several of, with rows that are 16-byte aligned or not."""
     monkeypatch.setattr(logprob_tiled, "ROWS", 7)
-    monkeypatch.setattr(logprob_tiled, "COLUMNS", 131)
+    monkeypatch.setattr(logprob_tiled, "COLUMNS", request.param)
 
 
 def inputs(device: str, dtype: torch.dtype, **sizes: int) -> dict[str, torch.Tensor]:
@@ -40,7 +40,7 @@ def run(op, x: dict[str, torch.Tensor], frozen: bool, outputs: int, **options):
 @pytest.mark.parametrize("frozen", [True, False])
 @pytest.mark.parametrize("softcap", [None, 4.0])
 @pytest.mark.parametrize("outputs", [1, 3])
-@pytest.mark.usefixtures("poison")
+@pytest.mark.usefixtures("poison", "small_tiles")
 def test_against_the_reference(device, frozen, softcap, outputs):
     options = {"softcap": softcap, "temperature": 0.8, "logit_scale": 1.2}
     x = inputs(device, torch.float32)
@@ -57,9 +57,33 @@ def test_against_the_reference(device, frozen, softcap, outputs):
         assert torch.equal(value, second)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.usefixtures("poison")
+def test_whole_tiles(device, dtype):
+    """Rows of 2048 columns and of what is left of 3001; repeated rows have the same bits."""
+    x = inputs(device, dtype, n=3, m=3, h=8, v=3001)
+    with use_backend("cuda"):
+        ours, grads = run(linear_logprob, x, True, 1)
+        many, _ = run(linear_logprob, x | {k: x[k].repeat(3) for k in ("targets", "rows")}, True, 1)
+    wide = {k: y.detach().cpu() for k, y in x.items()}
+    wide = {k: y.double().requires_grad_() if y.is_floating_point() else y for k, y in wide.items()}
+    truth, true_grads = run(reference.linear_logprob, wide, True, 1)
+    assert_true_to(ours[0].detach().cpu(), truth[0].detach())
+    if dtype == torch.float32:
+        assert_true_to(grads[0].cpu(), true_grads[0])
+    assert torch.equal(many[0], ours[0].repeat(3))
+
+
+def test_a_row_wider_than_its_registers_is_refused(device, monkeypatch):
+    monkeypatch.setattr(logprob_tiled, "COLUMNS", 2049)
+    x = inputs(device, torch.float32, n=3, m=3, h=4, v=2049)
+    with use_backend("cuda"), pytest.raises(RuntimeError, match="CUDA: invalid argument"):
+        run(linear_logprob, x, True, 1)
+
+
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("frozen", [True, False])
-@pytest.mark.usefixtures("poison")
+@pytest.mark.usefixtures("poison", "small_tiles")
 def test_half_precision(device, frozen, dtype):
     """bfloat16 goes into the GEMMs as it is; log-probabilities are as from float32 copies."""
     x = inputs(device, dtype)
@@ -86,7 +110,7 @@ def plain(hidden, weight, targets, *, rows, bias):
     return (torch.where(counts, chosen, 0).float(),)
 
 
-@pytest.mark.usefixtures("poison")
+@pytest.mark.usefixtures("poison", "small_tiles")
 def test_extreme_logits(device):
     z = torch.randint(-40, 41, (6, 600), generator=torch.Generator().manual_seed(0)) / 8
     z[0] += 1e4

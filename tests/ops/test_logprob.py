@@ -420,9 +420,9 @@ def test_workspace_stays_small(frozen):
         case.hidden.float(), case.weight.float(), case.targets, None, None, None, None, 1.0, 1.0, None, 1.0, False, 0
     )
     with Watch():
-        logprob, entropy, lse, low, _, _ = logprob_tiled.forward(problem, UNIT if frozen else NOTHING)
+        logprob, entropy, lse, low, _, _ = logprob_tiled.forward(problem, UNIT if frozen else NOTHING, "cpu")
         if not frozen:
             needs = logprob_tiled.Needs(True, True, False, False)
             ones = torch.ones(m)
-            logprob_tiled.backward(problem, ones, None, None, logprob, entropy, lse, low, None, needs)
+            logprob_tiled.backward(problem, ones, None, None, logprob, entropy, lse, low, None, needs, "cpu")
     assert biggest <= v * h * 4
