@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from posttrain import _C
+from posttrain.ops import layout_cuda
 
 BLOCK = 32  # tokens that `schedule` describes together
 
@@ -82,10 +83,16 @@ class PackedLayout:
         sizes, above = _integers("lengths", lengths), _integers("parents", parents)
         forest = sizes.ctypes.data, above.ctypes.data, len(sizes)
         tokens = _C.forest_tokens(*forest)
+        place = torch.empty(0, device=device).device  # "cuda" with the index of the current one
+        if layout_cuda.has_kernels(place):
+            boundaries = (0, *sizes.cumsum().tolist())
+            layout = PackedLayout(*layout_cuda.expand(sizes, above, tokens, place), boundaries)
+            vars(layout).update(segment_ends=_segment_ends(boundaries, above.tolist()), consecutive=True)
+            return layout
         visible_until, positions = (torch.empty(tokens, dtype=torch.int32) for _ in range(2))
         starts = np.empty(len(sizes) + 1, np.int64)
         _C.forest_layout(*forest, visible_until.data_ptr(), positions.data_ptr(), starts.ctypes.data)
-        return PackedLayout(visible_until, positions, tuple(starts.tolist())).to(device)
+        return PackedLayout(visible_until, positions, tuple(starts.tolist())).to(place)
 
     @staticmethod
     def from_position_ids(position_ids: Tensor) -> "PackedLayout":
@@ -148,6 +155,8 @@ class PackedLayout:
         which the first token's tree starts, and the smallest position. Computed once, on the device, without
         synchronising it; zeros fill it up to a multiple of 4 blocks.
         """
+        if layout_cuda.has_kernels(self.visible_until.device):
+            return layout_cuda.schedule(self.visible_until, self.positions)
         fill = (0, -self.num_tokens % (4 * BLOCK))
         until, positions = (torch.nn.functional.pad(x, fill) for x in (self.visible_until, self.positions))
         index = torch.arange(len(until), dtype=torch.int32, device=until.device)
@@ -225,6 +234,15 @@ class PackedLayout:
 
 
 _SHOWN = 12
+
+
+def _segment_ends(starts: Sequence[int], parents: list[int]) -> tuple[int, ...]:
+    """Where each segment of a forest and all that continues it end; where it has no tokens, where it starts."""
+    ends = list(starts[1:])
+    for segment, parent in reversed(list(enumerate(parents))):
+        if parent >= 0:
+            ends[parent] = max(ends[parent], ends[segment])
+    return tuple(end if start < own else own for (start, own), end in zip(pairwise(starts), ends, strict=True))
 
 
 def _integers(name: str, values: Sequence[int]) -> np.ndarray:

@@ -13,14 +13,13 @@ as in packed_attention.py. Nothing here has a gradient.
 """
 
 import math
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
 from posttrain import _C
 from posttrain.ops import reference
-from posttrain.ops.backend import CUDA_DTYPES, backend_for, cuda_kernels, cuda_stream
+from posttrain.ops.backend import CUDA_DTYPES, backend_for, cuda_device, cuda_kernels, cuda_stream
 from posttrain.ops.library import define
 
 
@@ -60,7 +59,7 @@ def paged_attention(
 
         Sequences whose tables begin with the same pages, as those of one prompt do, share the work on these pages
         where they follow each other in the batch: with "cpu", and, in whole splits of 256 keys, with "cuda". That takes
-        each query of a chunk as a sequence of its own; Triton's chunks are faster.
+        each query of a chunk as a sequence of its own, so it reads keys more often than a chunk needs.
 
     Raises:
         ValueError: shapes, dtypes or devices that don't fit, with the numbers; tensors that need a gradient; with
@@ -312,7 +311,7 @@ def _cuda_forward(
     block_table = block_table if block_table.stride(1) == 1 else block_table.contiguous()
     context_lens = context_lens.contiguous()
     sinks = None if sinks is None else sinks.float().contiguous()
-    with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
+    with cuda_device(q):
         kernels.cuda_paged_decode(
             cuda_stream(q),
             CUDA_DTYPES[q.dtype],

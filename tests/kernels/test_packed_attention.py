@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from forests import forests
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from plain_attention import plain_attention
@@ -191,20 +192,8 @@ def test_other_sequences_change_no_bit_while_their_lengths_stay(triton_device) -
     assert not any(torch.equal(a[:62], b[:62]) for a, b in zip(before, after, strict=True))
 
 
-@st.composite
-def forests(draw: st.DrawFn) -> tuple[list[int], list[int]]:
-    """Random segments, each a root or a child of one on the path to the segment before."""
-    lengths = draw(st.lists(st.integers(0, 30), min_size=1, max_size=5))
-    parents, path = [], []
-    for i in range(len(lengths)):
-        path = path[: draw(st.integers(0, len(path)))]
-        parents.append(path[-1] if path else -1)
-        path.append(i)
-    return lengths, parents
-
-
 @settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(forest=forests(), window=st.none() | st.integers(1, 40), softcap=st.none() | st.just(1.5))
+@given(forest=forests(5, 30, least=1), window=st.none() | st.integers(1, 40), softcap=st.none() | st.just(1.5))
 def test_any_forest_with_gradients(forest, window, softcap, triton_device) -> None:
     layout = PackedLayout.from_forest(*forest, device=triton_device)
     sinks = torch.tensor([1.0, -1.0], device=triton_device)

@@ -5,26 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from forests import forests
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from posttrain.ops.layout import BLOCK, PackedLayout
-
-
-@st.composite
-def forests(draw: st.DrawFn, segments: int = 8, length: int = 9) -> tuple[list[int], list[int]]:
-    """Lengths and parents in depth-first order: each parent is on the path to the segment before."""
-    lengths = draw(st.lists(st.integers(0, length), max_size=segments))
-    parents: list[int] = []
-    for i in range(len(lengths)):
-        path = [-1]
-        node = i - 1
-        while node >= 0:
-            path.append(node)
-            node = parents[node]
-        parents.append(draw(st.sampled_from(path)))
-    return lengths, parents
 
 
 def ancestors(parents: list[int], i: int) -> list[int]:
@@ -33,7 +18,7 @@ def ancestors(parents: list[int], i: int) -> list[int]:
 
 
 @settings(max_examples=200, deadline=None)
-@given(forests())
+@given(forests(8, 9))
 def test_a_token_sees_its_segment_before_it_and_the_ancestors(forest) -> None:
     lengths, parents = forest
     layout = PackedLayout.from_forest(lengths, parents)
@@ -50,7 +35,7 @@ def test_a_token_sees_its_segment_before_it_and_the_ancestors(forest) -> None:
 
 
 @settings(max_examples=100, deadline=None)
-@given(forests(segments=12, length=60))
+@given(forests(12, 60))
 def test_the_schedule_bounds_what_a_block_sees(forest) -> None:
     layout = PackedLayout.from_forest(*forest)
     largest, smallest, largest_position, tree_start, smallest_position = layout.schedule

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from forests import forests
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from plain_attention import plain_attention
@@ -69,29 +70,18 @@ def test_the_reference_is_softmax_over_what_the_layout_shows():
     torch.testing.assert_close(near[7, 0], (k[[3, 7], 0] @ q[7, 0]).softmax(0) @ v[[3, 7], 0])
 
 
-@st.composite
-def forests(draw: st.DrawFn) -> PackedLayout:
-    """Random segments, each a root or a child of one on the path to the segment before."""
-    lengths = draw(st.lists(st.integers(0, 40), max_size=7))
-    parents, path = [], []
-    for i in range(len(lengths)):
-        path = path[: draw(st.integers(0, len(path)))]
-        parents.append(path[-1] if path else -1)
-        path.append(i)
-    return PackedLayout.from_forest(lengths, parents)
-
-
 @pytest.mark.usefixtures("poison")
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    layout=forests(),
+    forest=forests(7, 40),
     heads=st.sampled_from([(1, 1), (2, 2), (4, 1), (6, 2)]),
     width=st.sampled_from([3, 16, 20]),
     window=st.none() | st.integers(1, 50),
     softcap=st.none() | st.just(1.5),
     with_sinks=st.booleans(),
 )
-def test_any_forest_with_gradients(layout, heads, width, window, softcap, with_sinks):
+def test_any_forest_with_gradients(forest, heads, width, window, softcap, with_sinks):
+    layout = PackedLayout.from_forest(*forest)
     inputs = tensors(layout.num_tokens, *heads, width=width)
     inputs += [torch.linspace(-3, 3, heads[0])] * with_sinks
 
