@@ -20,6 +20,15 @@ __device__ float sum_over_block(float x) {
   return reduce_warp(threadIdx.x % 32 < blockDim.x / 32 ? of_warp[threadIdx.x % 32] : 0.0f, Sum{});
 }
 
+// 1 / sqrt(mean + eps), rounded once. eps is a few units in the last place of the mean, the same in all rows: rounding
+// the sum would make all results of a model lean to one side. So what it loses joins the last step of Newton's method.
+__device__ float reciprocal_root(float mean, float eps) {
+  const float sum = mean + eps, added = sum - mean, lost = (mean - (sum - added)) + (eps - added);
+  const float root = rsqrtf(sum), product = sum * root;
+  const float rest = fmaf(lost, root, fmaf(sum, root, -product));  // of (mean + eps) root - product
+  return fmaf(0.5f * (fmaf(-product, root, 1.0f) - rest * root), root, root);
+}
+
 // A row in packs of N; `residual` and `total` are null without a residual.
 template <class T, int N>
 struct Row {
@@ -66,7 +75,7 @@ __global__ void __launch_bounds__(kMostThreads)
     held[h] = row.add(j, squares);
   }
   for (int64_t j = kHeld * step + first; j < width; j += step) row.add(j, squares);
-  const float scaling = 1.0f / sqrtf(sum_over_block(squares) / static_cast<float>(width) + eps);
+  const float scaling = reciprocal_root(sum_over_block(squares) / static_cast<float>(width), eps);
   if (threadIdx.x == 0) rstd[blockIdx.x] = scaling;
 #pragma unroll
   for (int h = 0; h < kHeld; ++h) {

@@ -162,7 +162,7 @@ def _forward(
 def _cuda_forward(logits: Tensor, parameters: list[Tensor]) -> tuple[Tensor, Tensor]:
     kernels = cuda_kernels(logits)
     tokens, logprobs = torch.empty_like(parameters[-1]), logits.new_empty(len(logits), dtype=torch.float32)
-    workspace = logits.new_empty(kernels.cuda_sample_workspace(*logits.shape), dtype=torch.uint8)
+    workspace = logits.new_empty(kernels.cuda_sample_workspace(*logits.shape) // 4, dtype=torch.float32)
     with cuda_device(logits):
         kernels.cuda_sample(
             cuda_stream(logits),
