@@ -28,4 +28,12 @@ export PYTHONPATH="$root/build/gpu" OUT="${OUT:-$root/bench/results}"
 cd "$root/build"
 "$python" -m pytest -c "$root/pyproject.toml" --rootdir "$root" -p no:cacheprovider -n 4 \
   "$root/tests/kernels" "$root/tests/ops" "$root/tests/models" "$root/tests/rollout" "$root/tests/cuda"
+if command -v compute-sanitizer >/dev/null; then
+  for tool in memcheck synccheck; do  # without PyTorch's cache of freed memory, so that an access beyond a tensor shows
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 1 --target-processes all \
+      "$python" -m pytest -c "$root/pyproject.toml" --rootdir "$root" -p no:cacheprovider "$root/tests/cuda" -m "not slow"
+  done
+else
+  echo "make gpu: no compute-sanitizer on PATH; memcheck and synccheck of the CUDA kernels are left out" >&2
+fi
 "$python" -m pytest -c "$root/pyproject.toml" --rootdir "$root" -p no:cacheprovider "$root/bench"

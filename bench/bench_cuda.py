@@ -1,0 +1,148 @@
+"""Each CUDA kernel on a GPU against its Triton sibling, plain PyTorch, and its floor: a copy of as many bytes or a GEMM.
+
+What can be captured in a graph is timed so, sixteen calls a replay: the device's time without the host's, as in a
+decoding loop. So no call may wait for the device or allocate outside the graph's memory, and none may fit in caches:
+`Race.sets` are as many copies of the inputs as sixteen calls need. The winners go into posttrain/ops/cuda_choice.py.
+"""
+
+import itertools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from elementwise import DEVICE, copies, randn
+from torch import Tensor
+
+from posttrain import _C, ops
+from posttrain.bench.interleave import interleave
+from posttrain.ops import use_backend
+from posttrain.ops.backend import CUDA_DTYPES, cuda_kernels, cuda_stream
+
+CALLS = 16
+
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: nothing to time"),
+    pytest.mark.skipif(not _C.with_cuda(), reason="this build has no CUDA kernels"),
+]
+
+
+class Race(NamedTuple):
+    """What competes.
+
+    Attributes:
+        title: the op and its shape.
+        call: our op, of one of `sets`.
+        plain: the same in plain PyTorch, or None.
+        moved: bytes that one call must read and write at least.
+        sets: arguments that calls take in turn.
+        op: the name that `use_backend` takes; None where `call` is a CUDA kernel that has no sibling.
+        captured: whether calls can be captured in a graph.
+        floor: what no way to compute it can beat, where that isn't copying `moved` bytes.
+    """
+
+    title: str
+    call: Callable[..., Any]
+    plain: Callable[..., Any] | None
+    moved: float
+    sets: list[tuple]
+    op: str | None
+    captured: bool = True
+    floor: Callable[..., Any] | None = None
+
+
+def linear_logprob() -> Race:
+    """The head of an 8B model without gradients; not captured, since the tiled driver looks for skipped targets."""
+    rows, width, vocabulary = 8192, 4096, 151936
+    hidden, weight = randn(rows, width), 0.02 * randn(vocabulary, width)
+    targets = torch.randint(vocabulary, (rows,), device=DEVICE)
+
+    def plain(hidden: Tensor, weight: Tensor) -> None:
+        for part, wanted in zip(hidden.split(1024), targets.split(1024), strict=True):
+            torch.nn.functional.cross_entropy((part @ weight.T).float(), wanted, reduction="none")
+
+    return Race(
+        f"linear_logprob [{rows}, {width}] x [{vocabulary}, {width}]",
+        lambda hidden, weight: ops.linear_logprob(hidden, weight, targets),
+        plain,
+        hidden.nbytes + weight.nbytes,
+        [(hidden, weight)],
+        "linear_logprob",
+        captured=False,
+        floor=lambda hidden, weight: [hidden @ part.T for part in weight.split(16384)],
+    )
+
+
+def logprob_fold() -> Race:
+    """A tile of logits into statistics and, as bfloat16, into e^(z-m); tiles that lie in the second-level cache."""
+    rows, columns, width = 4096, 2048, 4096
+    state, unit = torch.zeros(5, rows, device=DEVICE), torch.zeros(rows, width, device=DEVICE)
+    targets = torch.randint(columns, (rows,), device=DEVICE)
+    tile = torch.randn(rows, columns, device=DEVICE)
+
+    def call(tile: Tensor) -> None:
+        m, top, s, _, z = (x.data_ptr() for x in state)
+        cuda_kernels(tile).cuda_logprob_fold(
+            cuda_stream(tile),
+            CUDA_DTYPES[torch.bfloat16],
+            tile.data_ptr(),
+            columns,
+            rows,
+            columns,
+            0,
+            targets.data_ptr(),
+            0,
+            *(1.0, 0.0, 1.0),
+            *(m, top, s, 0, z),
+            unit.data_ptr(),
+            width,
+        )
+
+    return Race(f"logprob_fold [{rows}, {columns}]", call, None, 1.5 * tile.nbytes, [(tile,)], None)
+
+
+RACES = {race.__name__: race for race in (linear_logprob, logprob_fold)}
+
+
+@pytest.mark.parametrize("name", RACES)
+def test_cuda(name: str, publish) -> None:
+    race = RACES[name]()
+    ways: dict[str, tuple[Callable[..., Any] | None, str | None]] = {"cuda": (race.call, "cuda")}
+    if race.op:
+        ways |= {"triton": (race.call, "triton"), "plain PyTorch": (race.plain, None)}
+    functions = {way: _repeated(call, backend, race) for way, (call, backend) in ways.items() if call}
+    copy = copies(race.moved, torch.empty(1, dtype=torch.uint8, device=DEVICE))
+    functions["floor"] = _repeated(race.floor or (lambda *_: copy()), None, race)
+    comparison = interleave(functions, baseline="triton" if race.op else "floor", rounds=21)
+    calls = CALLS if race.captured else 1
+    rates = {f"GB/s, {way}": calls * race.moved / time.median / 1e9 for way, time in comparison.seconds.items()}
+    publish(f"cuda-{name}", f"{race.title}, {calls} calls", comparison, **rates)
+
+
+def _repeated(call: Callable[..., Any], backend: str | None, race: Race) -> Callable[[], object]:
+    """`call` with `backend` on one set after the other, captured if it can be."""
+    turns = itertools.cycle(race.sets)
+
+    def once() -> None:
+        with torch.no_grad():
+            if backend and race.op:
+                with use_backend(backend, race.op):
+                    call(*next(turns))
+            else:
+                call(*next(turns))
+
+    return _captured(once) if race.captured else once
+
+
+def _captured(call: Callable[[], object]) -> Callable[[], object]:
+    """CALLS calls in one replay of a graph."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(CALLS):
+            call()
+    return graph.replay
