@@ -1,4 +1,4 @@
-"""Each CUDA kernel on a GPU against its Triton sibling, plain PyTorch, and its floor: a copy of as many bytes or a GEMM.
+"""Each CUDA kernel on a GPU against its Triton sibling, plain PyTorch, and its floor: copying as many bytes, or a GEMM.
 
 What can be captured in a graph is timed so, sixteen calls a replay: the device's time without the host's, as in a
 decoding loop. So no call may wait for the device or allocate outside the graph's memory, and none may fit in caches:

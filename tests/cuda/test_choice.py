@@ -1,0 +1,47 @@
+"""Which GPU tensors go to the CUDA kernels, and that a CPU's don't unless a test asks for it."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from posttrain import _C
+from posttrain.ops import BackendError, backend, use_backend
+from posttrain.ops.cuda_choice import WINS
+
+
+@pytest.fixture
+def on_gpu():
+    """A tensor that says it is on a GPU."""
+    with FakeTensorMode():
+        return torch.empty(0, device="cuda", dtype=torch.bfloat16)
+
+
+def test_table():
+    for (op, _), grounds in WINS.items():
+        assert "cuda" in backend.SUPPORT[op]
+        assert grounds.startswith(("argued: ", "measured: "))
+
+
+def test_a_win_is_chosen_for_its_case_where_the_build_has_cuda(on_gpu, monkeypatch):
+    monkeypatch.setattr(backend, "WINS", {("sample", "few rows"): "argued: launches"})
+    monkeypatch.setattr(backend, "_HAS_TRITON", True)
+    monkeypatch.setattr(_C, "with_cuda", lambda: True)
+    assert backend.explain("sample", on_gpu, "few rows") == ("cuda", "argued: launches")
+    assert backend.backend_for("sample", on_gpu) == "triton"
+    monkeypatch.setattr(_C, "with_cuda", lambda: False)
+    assert backend.backend_for("sample", on_gpu, "few rows") == "triton"
+
+
+def test_cpu_tensors_only_where_a_test_asks(monkeypatch):
+    x = torch.zeros(2)
+    monkeypatch.setattr(_C, "with_cuda", lambda: True)
+    monkeypatch.setattr(backend, "has_emulated_cuda", lambda: True)
+    with use_backend("cuda"):
+        monkeypatch.delenv("POSTTRAIN_EMULATE_CUDA", raising=False)
+        with pytest.raises(BackendError, match="the tensor is on cpu"):
+            backend.backend_for("linear_logprob", x)
+        monkeypatch.setenv("POSTTRAIN_EMULATE_CUDA", "1")
+        assert backend.backend_for("linear_logprob", x) == "cuda"
+        monkeypatch.setattr(backend, "has_emulated_cuda", lambda: False)
+        with pytest.raises(BackendError, match="POSTTRAIN_EMULATION=ON"):
+            backend.backend_for("linear_logprob", x)
