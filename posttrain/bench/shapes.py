@@ -1,6 +1,6 @@
 """The shapes of models that people train, as far as an op sees them; from the models' published configurations.
 
-`full` measures these. `quick` measures three of them a fourth as wide, with an eighth of the vocabulary, so that a
+`full` measures these. `quick` measures three of them a fourth as wide, with a sixteenth of the vocabulary, so that a
 CPU is done in minutes; head widths and ranks stay.
 """
 
@@ -39,7 +39,7 @@ class ModelShape:
     rank: int = 16
 
     def narrowed(self) -> "ModelShape":
-        """A fourth of the width and of the heads, an eighth of the vocabulary, two layers."""
+        """A fourth of the width and of the heads, a sixteenth of the vocabulary, two layers."""
         return replace(
             self,
             name=f"{self.name}/4",
@@ -48,7 +48,7 @@ class ModelShape:
             layers=2,
             heads=max(1, self.heads // 4),
             key_heads=max(1, self.key_heads // 4),
-            vocabulary=self.vocabulary // 8,
+            vocabulary=self.vocabulary // 16,
             window=self.window and self.window // 4,
         )
 
@@ -102,6 +102,6 @@ class Suite:
 
 _FEW = tuple(model.narrowed() for model in MODELS if model.name in ("llama-3-8b", "qwen3-0.6b", "gemma-3-4b"))
 SUITES = {
-    "quick": Suite("quick", _FEW, tuple(m for m in _FEW if m.name == "qwen3-0.6b/4"), 1024, 9),
+    "quick": Suite("quick", _FEW, tuple(m for m in _FEW if m.name == "qwen3-0.6b/4"), 1024, 7),
     "full": Suite("full", MODELS, tuple(m for m in MODELS if m.weights < 10**10), 8192, 15),
 }

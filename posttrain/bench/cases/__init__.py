@@ -12,6 +12,7 @@ CASES: dict[str, Callable[[Suite], list[Case]]] = {
     "swiglu": elementwise.swiglu,
     "geglu": elementwise.geglu,
     "packed_attention": attention.packed_attention,
+    "rope_cache": decode.rope_cache,
     "paged_attention": decode.paged_attention,
     "sample": decode.sample,
     "nf4_dequantize": nf4.nf4_dequantize,

@@ -1,7 +1,7 @@
-"""paged_attention and sample: what a step of generation does beside its linear layers.
+"""rope_cache, paged_attention and sample: what a step of generation does beside its linear layers.
 
 Decoding reads every key and value of every sequence once; with a shared prompt the bytes counted are those of its pages
-once. Drawing reads the logits once.
+once. Drawing reads the logits once. Writing the cache reads a step's queries, keys and values and writes them.
 """
 
 from functools import partial
@@ -12,12 +12,43 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from posttrain import ops
 from posttrain.bench.case import FORWARD, Arguments, Case, Problem, Work, randn
+from posttrain.bench.cases.elementwise import turned
 from posttrain.bench.device import DEVICE, DTYPE, WIDER
 from posttrain.bench.shapes import ModelShape, Suite
 
 _PAGE = 16
 _FILTERS = {"no filter": (0, 1.0), "top-p 0.9": (0, 0.9), "top-k 20, top-p 0.95": (20, 0.95)}
 _ROWS = 32
+
+
+def rope_cache(suite: Suite) -> list[Case]:
+    """A token of each of 32 sequences, over the heads of the models."""
+    cases = {}
+    for model in suite.models:
+        title = f"{_ROWS} tokens, {model.heads}/{model.key_heads} heads of {model.width}"
+        need = 64.0 * _ROWS * _PAGE * model.key_heads * model.width * WIDER.itemsize
+        cases[title] = Case("rope_cache", title, need, partial(_write, model), (FORWARD,))
+    return list(cases.values())
+
+
+def _write(model: ModelShape) -> Problem:
+    """Sequences write the third token of a page each."""
+    slots = torch.arange(_ROWS, device=DEVICE) * _PAGE + 2
+    q, k, v = (randn(_ROWS, heads, model.width) for heads in (model.heads, model.key_heads, model.key_heads))
+    cos, sin = (randn(_ROWS, model.width // 2).repeat(1, 2) for _ in range(2))
+    caches = [torch.zeros(_ROWS, _PAGE, model.key_heads, model.width, device=DEVICE, dtype=DTYPE) for _ in range(2)]
+
+    def ours(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
+        return ops.rope_cache(q, k, v, cos, sin, caches[0], caches[1], slots), *caches
+
+    def plain(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
+        q, k = turned(q, k, cos, sin)
+        for cache, new in zip(caches, (k, v), strict=True):
+            cache.view(-1, *cache.shape[2:])[slots] = new
+        return q, *caches
+
+    work = {FORWARD: Work(0, 2.0 * (q.nbytes + k.nbytes + v.nbytes))}
+    return Problem((q, k, v, cos, sin, *caches), ours, plain, work)
 
 
 def paged_attention(suite: Suite) -> list[Case]:

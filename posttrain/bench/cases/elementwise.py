@@ -84,10 +84,10 @@ def _rope(tokens: int, heads: int, key_heads: int, width: int) -> Problem:
     angle = torch.randn(1, tokens, width // 2, device=DEVICE).repeat(1, 1, 2)
     moved = 2 * (q.nbytes + k.nbytes)
     work = {FORWARD: Work(0, moved), BOTH: Work(0, 2 * moved)}
-    return Problem((q, k, angle.cos().to(DTYPE), angle.sin().to(DTYPE)), ops.rope, _turned, work)
+    return Problem((q, k, angle.cos().to(DTYPE), angle.sin().to(DTYPE)), ops.rope, turned, work)
 
 
-def _turned(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+def turned(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """apply_rotary_pos_emb of transformers."""
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     return q * cos + _half_turn(q) * sin, k * cos + _half_turn(k) * sin

@@ -1,0 +1,47 @@
+"""The suites: every op is there, and its functions agree on shapes of a few numbers."""
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+
+from posttrain.bench.cases import CASES
+from posttrain.bench.interleave import alternate
+from posttrain.bench.measure import OURS, PLAIN, measure
+from posttrain.bench.shapes import MODELS, SUITES, ModelShape, Suite
+from posttrain.ops.backend import SUPPORT
+
+_SHAPE = ModelShape("tiny", 32, 48, 1, 4, 2, 16, 97, rank=4)
+_GEMMA = replace(_SHAPE, name="tiny-gemma", gate="geglu")
+_TINY = Suite("tiny", (_SHAPE, _GEMMA), (_SHAPE,), 256, 2)
+
+
+def test_every_op_has_cases():
+    assert set(SUPPORT) | {"sft", "dpo", "grpo", "rollout"} == set(CASES)
+
+
+@pytest.mark.parametrize("suite", SUITES.values(), ids=SUITES)
+def test_titles_tell_cases_apart(suite):
+    titles = [str(case) for cases in CASES.values() for case in cases(suite)]
+    assert len(set(titles)) == len(titles) > len(CASES)
+
+
+def test_weights_are_those_of_the_models():
+    """Parameters by the published counts, to 2%: those with tied embeddings have them counted twice here."""
+    billions = {"llama-3-8b": 8.03, "llama-3-70b": 70.6, "qwen3-8b": 8.19, "qwen3-14b": 14.8, "qwen3-32b": 32.8}
+    billions |= {"qwen3-0.6b": 0.751, "qwen3-1.7b": 2.03, "qwen3-4b": 4.41, "mistral-7b": 7.25}
+    billions |= {"mistral-small-24b": 23.6, "gemma-3-1b": 1.30, "gemma-3-4b": 4.55, "gemma-3-12b": 12.8}
+    billions |= {"gemma-3-27b": 28.4}
+    for shape in MODELS:
+        assert shape.weights / 1e9 == pytest.approx(billions[shape.name], rel=0.02), shape.name
+
+
+@pytest.mark.parametrize("op", CASES)
+def test_ours_and_plain_agree(op, monkeypatch):
+    monkeypatch.setattr("posttrain.bench.measure.cache_bytes", lambda: 1)
+    monkeypatch.setattr("posttrain.bench.measure.alternate", partial(alternate, min_seconds=0))
+    for case in CASES[op](_TINY):
+        tables = measure(case, rounds=2)
+        assert tuple(tables) == case.passes
+        assert all({OURS, PLAIN} <= set(table.columns) for table in tables.values())
+        assert all(table.flops > 0 or table.moved > 0 for table in tables.values())

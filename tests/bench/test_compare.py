@@ -1,0 +1,108 @@
+"""`posttrain bench compare`: what is beyond the noise, and one line for what can't be compared."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from posttrain.bench.compare import compare
+from posttrain.bench.results import ResultError, newest_in, read
+from posttrain.cli import main
+
+_COMMITTED = Path(__file__).parents[2] / "bench" / "results"
+
+
+def write(path: Path, speeds, seconds=(0.9, 1.0, 1.1), peak=10 << 20, device="A", cuda=None) -> Path:
+    """A run with one case for each of `speeds`, (p20, median, p80) by title."""
+    benchmarks = []
+    for case, speed in speeds.items():
+        facts = {"op": "rope", "case": case, "pass": "forward", "column": "posttrain", "error": 0.0, "peak_bytes": peak}
+        for name, (p20, median, p80) in (("seconds", seconds), ("speed", speed)):
+            facts[name] = {"p20": p20, "median": median, "p80": p80}
+        benchmarks.append({"extra_info": facts})
+    machine = {"device": device, "cuda": cuda, "suite": "quick"}
+    path.write_text(json.dumps({"machine_info": machine, "benchmarks": benchmarks}))
+    return path
+
+
+def both(tmp_path, before, after, **of_after):
+    return str(write(tmp_path / "a.json", before)), str(write(tmp_path / "b.json", after, **of_after))
+
+
+def test_slower_beyond_the_noise_is_named_and_exits_1(tmp_path, capsys):
+    before = {"one": (2.9, 3.0, 3.1), "two": (2.9, 3.0, 3.1), "three": (2.0, 3.0, 4.0), "four": (2.9, 3.0, 3.1)}
+    after = {"one": (1.9, 2.0, 2.1), "two": (2.7, 2.8, 2.85), "three": (1.9, 2.0, 2.1), "four": (4.9, 5.0, 5.1)}
+    assert main(["bench", "compare", *both(tmp_path, before, after)]) == 1
+    assert capsys.readouterr().out.splitlines() == [
+        "worse: rope one forward posttrain: 3.00 to 2.00 times plain PyTorch's speed (0.67 times as good)",
+        "better: rope four forward posttrain: 3.00 to 5.00 times plain PyTorch's speed (1.67 times as good)",
+        "1 worse, 1 better, 2 as before",
+    ]
+
+
+def test_the_same_twice_exits_0(tmp_path, capsys):
+    before = {"one": (2.9, 3.0, 3.1)}
+    assert main(["bench", "compare", *both(tmp_path, before, before)]) == 0
+    assert capsys.readouterr().out == "0 worse, 0 better, 1 as before\n"
+
+
+def test_more_memory_is_worse(tmp_path):
+    before, after = both(tmp_path, {"one": (1, 1, 1)}, {"one": (1, 1, 1)}, peak=20 << 20)
+    assert [change.what for change in compare(read(before), read(after)).worse] == ["10.0 to 20.0 MB"]
+
+
+def test_on_a_gpu_seconds_count(tmp_path):
+    runs = [
+        read(write(tmp_path / f"{name}.json", {"one": (2.9, 3.0, 3.1)}, seconds, cuda="13.0"))
+        for name, seconds in (("a", (0.99, 1.0, 1.01)), ("b", (1.08, 1.1, 1.12)))
+    ]
+    (change,) = compare(*runs).worse
+    assert change.what == "1000.000 to 1100.000 ms"
+    assert not compare(runs[0], runs[0]).worse
+
+
+def test_cases_that_are_gone_are_named(tmp_path):
+    before, after = both(tmp_path, {"one": (1, 1, 1), "two": (1, 1, 1)}, {"one": (1, 1, 1)})
+    assert [key.case for key in compare(read(before), read(after)).lost] == ["two"]
+
+
+def test_the_newest_run_of_a_folder_is_read(tmp_path):
+    for name, speed in (("2026-01-02T03-04-05-abc-quick", 1.0), ("2026-02-01T00-00-00-abc-quick", 2.0), ("rope", 9.0)):
+        write(tmp_path / f"{name}.json", {"one": (speed, speed, speed)})
+    write(tmp_path / "2026-03-01T00-00-00-abc-full.json", {"one": (3.0, 3.0, 3.0)})
+    assert [figure.speed.median for figure in read(tmp_path).figures.values()] == [3.0]
+    assert newest_in(tmp_path, "quick") == tmp_path / "2026-02-01T00-00-00-abc-quick.json"
+
+
+def test_committed_results_are_readable():
+    files = sorted(_COMMITTED.glob("*/*.json"))
+    assert files
+    for path in files:
+        assert read(path).device
+
+
+def test_what_cannot_be_compared_is_one_line(tmp_path, capsys):
+    good, other = both(tmp_path, {"one": (1, 1, 1)}, {"one": (1, 1, 1)}, device="B")
+    broken, strange, empty = tmp_path / "broken.json", tmp_path / "strange.json", tmp_path / "empty"
+    broken.write_text('{"machine_info": ')
+    strange.write_text("[]")
+    empty.mkdir()
+    apart = write(tmp_path / "apart.json", {"two": (1, 1, 1)})
+    for names, line in (
+        ((good, other), f"{good} is of A, {other} of B: not comparable"),
+        ((good, str(apart)), f"{good} and {apart} have no figure in common"),
+        ((good, str(broken)), f"{broken}: not readable as JSON: "),
+        ((good, str(strange)), f"{strange}: not a result of posttrain bench: "),
+        ((good, str(empty)), f"{empty}: no results of posttrain bench in this folder"),
+        ((good, str(tmp_path / "none")), f"{tmp_path / 'none'}: no such file or folder"),
+        ((good,), "posttrain bench compare takes two files or folders, got 1"),
+    ):
+        assert main(["bench", "compare", *names]) == 2
+        out, error = capsys.readouterr()
+        assert out == "" and error.startswith(f"posttrain: error: {line}") and error.count("\n") == 1
+
+
+def test_errors_of_reading_are_of_one_kind(tmp_path):
+    (tmp_path / "a.json").write_text("{}")
+    with pytest.raises(ResultError):
+        read(tmp_path / "a.json")

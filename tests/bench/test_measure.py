@@ -1,0 +1,124 @@
+"""No figure without room, without agreement, or without a word about what is missing."""
+
+import statistics
+from functools import partial
+
+import pytest
+import torch
+
+from posttrain.bench import measure as module
+from posttrain.bench.case import Way, copied
+from posttrain.bench.interleave import Comparison, alternate
+from posttrain.bench.measure import OURS, PLAIN, NotMeasured, measure
+
+
+@pytest.fixture(autouse=True)
+def small_caches(monkeypatch):
+    """Few copies of the arguments, and single calls."""
+    monkeypatch.setattr(module, "cache_bytes", lambda: 128)
+    monkeypatch.setattr(module, "alternate", partial(alternate, min_seconds=0))
+
+
+def test_figures_of_both_passes(make_case):
+    tables = measure(make_case(), rounds=3)
+    assert list(tables) == ["forward", "forward+backward"]
+    for table in tables.values():
+        assert list(table.columns) == [OURS, PLAIN] and table.missing == {}
+        assert all(len(column.samples) == 3 and column.error == 0.0 for column in table.columns.values())
+        ratios = [b / a for a, b in zip(*(table.columns[name].samples for name in (OURS, PLAIN)), strict=True)]
+        assert table.comparison.speedup[OURS].median == statistics.median(ratios)
+
+
+def test_a_wrong_forward_has_no_figures(make_case):
+    with pytest.raises(NotMeasured, match="posttrain is wrong: an error of 0") as caught:
+        measure(make_case(ours=lambda x: 2 * x + 1e-3), rounds=3)
+    assert caught.value.wrong
+
+
+def test_a_wrong_gradient_has_no_figures(make_case):
+    def detached(x):
+        return x + x.detach()
+
+    with pytest.raises(NotMeasured, match="posttrain is wrong"):
+        measure(make_case(ours=detached), rounds=3)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_wrong(make_case, bad):
+    with pytest.raises(NotMeasured, match="posttrain is wrong"):
+        measure(make_case(ours=lambda x: torch.where(x > 0.9, bad, 2 * x)), rounds=3)
+
+
+def test_half_precision_may_err_twice_as_much_as_plain(make_case):
+    def off_by(error):
+        return lambda x: 2 * x + (error if x.dtype == torch.bfloat16 else 0)
+
+    measure(make_case(off_by(0.15), off_by(0.1), dtype=torch.bfloat16), rounds=2)
+    with pytest.raises(NotMeasured, match="posttrain is wrong"):
+        measure(make_case(off_by(0.3), off_by(0.1), dtype=torch.bfloat16), rounds=2)
+
+
+def test_without_room_the_numbers_are_named(make_case, monkeypatch):
+    monkeypatch.setattr(module, "free_bytes", lambda: 3 << 30)
+    with pytest.raises(NotMeasured, match=r"needs 10.0 GiB, and 3.0 GiB are free") as caught:
+        measure(make_case(need=10 * 2.0**30), rounds=3)
+    assert not caught.value.wrong
+
+
+def test_peers_that_are_missing_wrong_or_failing_are_named(make_case):
+    def absent(problem):
+        raise ImportError("No module named 'absent'")
+
+    def failing(problem):
+        def call(x):
+            raise RuntimeError("no kernel\nfor this")
+
+        return call
+
+    def only_forward(problem):
+        return lambda x: 2 * x.detach()
+
+    peers = {
+        "right": lambda problem: lambda x: x + x,
+        "own arguments": lambda problem: Way(lambda x: x + x, copied),
+        "coarse": lambda problem: lambda x: 2 * x + 0.01,
+        "wrong": lambda problem: lambda x: 3 * x,
+        "absent": absent,
+        "failing": failing,
+        "only forward": only_forward,
+    }
+    case = make_case(peers=peers)
+    for table in measure(case, rounds=2, peers=True).values():
+        assert list(table.columns) == [OURS, PLAIN, "right", "own arguments", "coarse"]
+        assert table.columns["coarse"].error == pytest.approx(0.005, rel=1e-3)
+        assert table.missing.pop("only forward").startswith("fails: RuntimeError")
+        assert table.missing == {
+            "absent": "not installed: No module named 'absent'",
+            "failing": "fails: RuntimeError no kernel for this",
+            "wrong": "is wrong: off by 0.5 of the largest value",
+        }
+    assert list(measure(case, rounds=2)["forward"].columns) == [OURS, PLAIN]
+
+
+def test_arguments_take_turns(make_case):
+    seen = set()
+
+    def ours(x):
+        seen.add(x.data_ptr())
+        return 2 * x
+
+    measure(make_case(ours=ours), rounds=4)  # two caches of 128 bytes hold four sets of 64
+    assert len(seen) >= 4
+
+
+def test_functions_take_turns():
+    order = []
+    samples = alternate({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=4, min_seconds=0)
+    assert "".join(order) == "aabb" + "ab" + "ba" + "ab" + "ba"
+    assert [len(times) for times in samples.values()] == [4, 4]
+
+
+def test_ratios_are_taken_round_by_round():
+    found = Comparison.of("a", {"a": [1.0, 2.0, 4.0], "b": [0.5, 1.0, 1.0]})
+    assert found.speedup["b"].median == 2.0 and found.speedup["a"].p80 == 1.0
+    assert found.seconds["b"].median == 1.0

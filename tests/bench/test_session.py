@@ -1,0 +1,108 @@
+"""`posttrain bench` from start to file, in a process of its own, and what it says when it can't."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from posttrain.bench import record
+from posttrain.bench.device import Roofline, device_name
+from posttrain.bench.memory import peak_of
+from posttrain.bench.results import Key, read
+from posttrain.cli import main
+
+_PROGRAM = """
+import sys
+from dataclasses import replace
+from posttrain.bench import device, session
+from posttrain.bench.cases import elementwise
+from posttrain.bench.shapes import SUITES
+from posttrain.cli import main
+
+suite = SUITES["quick"]
+SUITES["quick"] = replace(suite, models=suite.models[:1], tokens=16, rounds=2)
+session.measure_roofline = lambda: device.Roofline(1e12, 1e11)
+if "wrong" in sys.argv:
+    elementwise.ops.rms_norm = lambda x, weight, *rest: 2 * x * weight
+sys.exit(main(["bench", *sys.argv[1:]] if "wrong" not in sys.argv else ["bench", "rms_norm"]))
+"""
+
+
+def run(folder, *arguments):
+    """The command on a tiny suite, from a folder that is no checkout, without git."""
+    environment = {**os.environ, "OUT": str(folder / "out"), "PATH": "", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", _PROGRAM, *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_a_run_writes_one_file_for_pytest_benchmark_and_compare(tmp_path):
+    done = run(tmp_path, "lora_qkv", "--peers")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = (tmp_path / "out").glob("*/*.json")
+    assert path.name.endswith("-quick.json") and f"-> {path}" in done.stdout
+    assert "lora_qkv: Unsloth not installed: No module named 'unsloth'" in done.stdout
+    result = read(path)
+    assert result.device == device_name() and result.machine["commit"] is None
+    assert result.machine["roofline"] == {"copy": 1e12, "gemm": 1e11}
+    assert {"torch", "triton", "posttrain"} <= set(result.machine["versions"])
+    assert result.machine["left_out"] == ["lora_qkv: Unsloth not installed: No module named 'unsloth'"]
+    key = Key("lora_qkv", "[16, ...] x [1024 + 2 x 256, 1024], rank 16", "forward", "posttrain")
+    facts = result.extra[key]
+    assert facts["flops"] == 2 * 16 * (1536 * 1024 + 16 * (1536 + 3 * 1024))
+    assert facts["bytes"] == 4 * (1536 * 1024 + 16 * (1536 + 3 * 1024) + 16 * (1024 + 1536))
+    assert facts["tflops"] == pytest.approx(facts["flops"] / facts["seconds"]["median"] / 1e12)
+    assert facts["gbytes"] == pytest.approx(facts["bytes"] / facts["seconds"]["median"] / 1e9)
+    assert facts["roofline"] == pytest.approx(facts["flops"] / 1e11 / facts["seconds"]["median"])
+    assert facts["error"] < 1e-5
+    assert set(result.figures) >= {key, key._replace(column="plain PyTorch"), key._replace(column="PEFT")}
+    benchmark = json.loads(path.read_text())["benchmarks"][0]
+    assert benchmark["stats"]["rounds"] == 2 and benchmark["group"] == f"{key.op} {key.case} forward"
+    spread = benchmark["extra_info"]["seconds"]
+    assert benchmark["stats"]["median"] == pytest.approx(spread["median"])
+
+
+def test_a_wrong_op_fails_and_has_no_figures(tmp_path):
+    done = run(tmp_path, "wrong")
+    assert done.returncode == 1
+    assert "rms_norm [16, 1024]: no figures: posttrain is wrong" in done.stdout
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["rope", "rms"], "unknown op 'rms'; there are rms_norm, rope, "),
+        (["--suite", "slow"], "unknown suite 'slow'; there are quick, full"),
+    ],
+)
+def test_unknown_names_are_one_line(arguments, line, capsys):
+    assert main(["bench", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"posttrain: error: {line}") and error.count("\n") == 1
+
+
+def test_results_go_into_the_current_folder_where_the_checkout_is_not_writable(monkeypatch, tmp_path):
+    monkeypatch.delenv("OUT", raising=False)
+    monkeypatch.setattr(record, "_ROOT", tmp_path)
+    assert str(record.results_folder()) == "bench/results"
+    (tmp_path / "bench" / "results").mkdir(parents=True)
+    assert record.results_folder() == tmp_path / "bench" / "results"
+    assert record.circumstances()["commit"] is None
+
+
+def test_share_of_the_roofline_is_that_of_the_slower_part():
+    roofline = Roofline(copy=10.0, gemm=100.0)
+    assert roofline.share(flops=50.0, moved=1.0, seconds=1.0) == 0.5
+    assert roofline.share(flops=50.0, moved=8.0, seconds=1.0) == 0.8
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_peak_memory_is_what_a_call_touches_at_most():
+    def work():
+        for _ in range(3):
+            bytearray(b"x" * (32 << 20))
+
+    work()
+    assert 60 << 20 <= peak_of(work) <= 72 << 20
