@@ -40,7 +40,7 @@ struct Batch {
 
 // u = s x A^T on tensor cores, 16 ranks to a block.
 template <class T, class P>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kThreads, 2)
     shrink_kernel(Batch<T> batch, const P* a, int64_t ranks, const float* scale, float* u) {
   constexpr int tiles = 2;
   __shared__ float of_warps[kWarps * kRows * 8 * tiles];
@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   for (int begin = 0; begin < count; begin += kRows) {
     const int g = threadIdx.x % 32 / 4;
     float sums[tiles][4] = {};
-    multiply_rows<T, tiles>(row(begin + g), row(begin + g + 8), batch.width / kSpan, factor, [] {}, sums);
+    multiply_rows<T, 1>(row(begin + g), row(begin + g + 8), batch.width / kSpan, factor, [] {}, sums);
     __syncthreads();
     store_sums<tiles>(sums, of_warps);
     __syncthreads();

@@ -166,7 +166,9 @@ constexpr int kDepth = 64;                     // ranks that are added at a time
 struct Nf4Rows {
   const Nf4& w;
   const uint2* table;
-  int64_t own[kTiles], absmax_start;
+  const uint8_t* packed;  // of the first of them
+  unsigned own[kTiles];   // where this lane's row of each eight begins for it, from there
+  int64_t absmax_start;
   int shift;
 
   struct Piece {
@@ -175,19 +177,18 @@ struct Nf4Rows {
   };
 
   __device__ Nf4Rows(const Nf4& w, const uint2* table, int shift, int64_t first, int64_t height, int64_t width)
-      : w(w), table(table + threadIdx.x % kSlots), shift(shift) {
-    const int lane = threadIdx.x % 32;
+      : w(w), table(table + threadIdx.x % kSlots), packed(w.packed + first * (width / 2)), shift(shift) {
+    const int lane = threadIdx.x % 32, last = int(min(height - first, int64_t{kTile})) - 1;
 #pragma unroll
-    for (int j = 0; j < kTiles; ++j)
-      own[j] = min(first + 8 * j + lane / 4, height - 1) * (width / 2) + 8 * (lane % 4);
-    absmax_start = min(first + lane, height - 1) * width;
+    for (int j = 0; j < kTiles; ++j) own[j] = min(8 * j + lane / 4, last) * unsigned(width / 2) + 8 * (lane % 4);
+    absmax_start = (first + min(lane, last)) * width;
   }
 
   __device__ Piece piece(int64_t span) const {
     Piece p;
 #pragma unroll
     for (int j = 0; j < kTiles; ++j)
-      p.packed[j] = *reinterpret_cast<const uint2*>(w.packed + own[j] + span * (kSpan / 2));
+      p.packed[j] = *reinterpret_cast<const uint2*>(packed + span * (kSpan / 2) + own[j]);
     p.absmax = absmax_of(w, (absmax_start + span * kSpan) >> shift);
     return p;
   }
@@ -267,7 +268,8 @@ __device__ void make_low_rank(const Product<T>& product, const LowRank<P>& adapt
                               int64_t first, float* of_warps) {
   float sums[1][4] = {{0.0f, 0.0f, 0.0f, 0.0f}};
   const DenseRows<T, P, 1> a(adapter.a, first, adapter.ranks, product.width);
-  multiply_rows<T, 1>(low, high, product.width / kSpan, a, [] {}, sums);
+  constexpr int ahead = sizeof(P) == 2 ? 2 : 1;
+  multiply_rows<T, ahead>(low, high, product.width / kSpan, a, [] {}, sums);
   store_sums<1>(sums, of_warps);
   __syncthreads();
   const int r = threadIdx.x / 8, q = threadIdx.x % 8;
@@ -276,9 +278,10 @@ __device__ void make_low_rank(const Product<T>& product, const LowRank<P>& adapt
 }
 
 template <class T, class P>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kThreads, 2)
     matvec_kernel(Nf4 w, int shift, Product<T> product, LowRank<P> adapter) {
-  static_assert(kWarps == kRows && kTile == 32, "a thread has one number of the result");
+  static_assert(kTile == 32, "a lane has one row of W");
+  constexpr int kShare = kRows / kWarps;  // rows of x of a warp, at the end
   __shared__ uint2 table[256 * kSlots];
   alignas(16) __shared__ float factor[kTile][kDepth + 4];
   alignas(16) __shared__ float low_rank[kRows][kDepth];
@@ -288,7 +291,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int64_t makers = (adapter.ranks + 7) / 8;
   const Order order(adapter.counters);
   const int64_t block = makers ? order.number() : blockIdx.x;
-  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const T* low = g < product.rows ? product.x + g * product.width + 16 * t : nullptr;
   const T* high = g + 8 < product.rows ? product.x + (g + 8) * product.width + 16 * t : nullptr;
   if (block < makers) {
@@ -305,13 +308,14 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (makers) stage_factor(adapter, first, product.height, 0, factor);
     __syncthreads();
   };
-  multiply_rows<T, kTiles>(low, high, product.width / kSpan, rows_of_w, prepare, sums);
+  multiply_rows<T, 2>(low, high, product.width / kSpan, rows_of_w, prepare, sums);
   __syncthreads();
   store_sums<kTiles>(sums, of_warps);
   __syncthreads();
 
-  const int r = threadIdx.x / 32;
-  float sum = total_of_warps<kTiles>(of_warps, r, lane);
+  float sum[kShare];
+#pragma unroll
+  for (int i = 0; i < kShare; ++i) sum[i] = total_of_warps<kTiles>(of_warps, warp + i * kWarps, lane);
   if (makers) order.wait_for(makers);
   for (int64_t begin = 0; begin < adapter.ranks; begin += kDepth) {
     if (begin > 0) {
@@ -320,9 +324,11 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     stage_low(adapter, product.rows, begin, low_rank);
     __syncthreads();
-    sum = dot(low_rank[r], factor[lane], sum);
+#pragma unroll
+    for (int i = 0; i < kShare; ++i) sum[i] = dot(low_rank[warp + i * kWarps], factor[lane], sum[i]);
   }
-  product.finish(r, first + lane, sum);
+#pragma unroll
+  for (int i = 0; i < kShare; ++i) product.finish(warp + i * kWarps, first + lane, sum[i]);
   if (makers) order.leave();
 }
 

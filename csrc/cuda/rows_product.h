@@ -13,17 +13,7 @@
 namespace posttrain::cuda {
 
 constexpr int kRows = 16, kSpan = 64;
-constexpr int kWarps = 16, kThreads = 32 * kWarps;
-
-// Of 16 rows of x over a span, what one lane has.
-struct Rows {
-  unsigned low[8], high[8];
-
-  // Operand of product s, of four.
-  __device__ uint4 operator[](int s) const {
-    return make_uint4(low[2 * s], high[2 * s], low[2 * s + 1], high[2 * s + 1]);
-  }
-};
+constexpr int kWarps = 8, kThreads = 32 * kWarps;
 
 // 16 elements from a 16-byte aligned address; zeros from none.
 template <class T>
@@ -34,6 +24,22 @@ __device__ inline void load_span(const T* from, unsigned (&to)[8]) {
   to[0] = a.x, to[1] = a.y, to[2] = a.z, to[3] = a.w;
   to[4] = b.x, to[5] = b.y, to[6] = b.z, to[7] = b.w;
 }
+
+// Of 16 rows of x over a span, what one lane has.
+struct Rows {
+  unsigned low[8], high[8];
+
+  template <class T>
+  __device__ void load(const T* low_row, const T* high_row, int64_t span) {
+    load_span(low_row ? low_row + span * kSpan : nullptr, low);
+    load_span(high_row ? high_row + span * kSpan : nullptr, high);
+  }
+
+  // Operand of product s, of four.
+  __device__ uint4 operator[](int s) const {
+    return make_uint4(low[2 * s], high[2 * s], low[2 * s + 1], high[2 * s + 1]);
+  }
+};
 
 // 8 kTiles rows of a matrix [height, width] from row `first` on, in the dtype of x, or in float32: then as the sums of
 // two numbers of half precision, 2^-17 of the truth.
@@ -86,20 +92,26 @@ struct DenseRows {
 };
 
 // Adds to `sums` the products of the warp's spans. `low` and `high` are this lane's rows at their first element, or
-// null. prepare() is called once, by all threads, when the first loads are under way.
-template <class T, int kTiles, class Matrix, class Prepare>
+// null. A warp asks for pieces of the matrix kAhead spans ahead, for x one. prepare() is called once, by all threads,
+// when the first loads are under way.
+template <class T, int kAhead, int kTiles, class Matrix, class Prepare>
 __device__ inline void multiply_rows(const T* low, const T* high, int64_t spans, const Matrix& w, Prepare prepare,
                                      float (&sums)[kTiles][4]) {
   int64_t span = threadIdx.x / 32;
-  typename Matrix::Piece next;
-  if (span < spans) next = w.piece(span);
+  typename Matrix::Piece ahead[kAhead];
+#pragma unroll
+  for (int i = 0; i < kAhead; ++i)
+    if (span + i * kWarps < spans) ahead[i] = w.piece(span + i * kWarps);
+  Rows next;
+  if (span < spans) next.load(low, high, span);
   prepare();
   for (; span < spans; span += kWarps) {
-    const typename Matrix::Piece piece = next;
-    if (span + kWarps < spans) next = w.piece(span + kWarps);
-    Rows x;
-    load_span(low ? low + span * kSpan : nullptr, x.low);
-    load_span(high ? high + span * kSpan : nullptr, x.high);
+    const typename Matrix::Piece piece = ahead[0];
+    const Rows x = next;
+#pragma unroll
+    for (int i = 0; i + 1 < kAhead; ++i) ahead[i] = ahead[i + 1];
+    if (span + kAhead * kWarps < spans) ahead[kAhead - 1] = w.piece(span + kAhead * kWarps);
+    if (span + kWarps < spans) next.load(low, high, span + kWarps);
     w.multiply_by(x, piece, sums);
   }
 }
