@@ -59,7 +59,7 @@ __device__ void scale(T* y, Pack<T, N> row, float rstd, const Pack<W, N>& weight
 }
 
 template <class T, class W, int N>
-__global__ void __launch_bounds__(kMostThreads)
+__global__ void __launch_bounds__(kMostThreads, 1)
     norm_kernel(const T* x, const T* residual, const W* weight, T* y, T* total, float* rstd, int64_t width, float eps) {
   const int64_t start = blockIdx.x * width, step = int64_t{N} * blockDim.x, first = int64_t{N} * threadIdx.x;
   const Row<T, N> row = {x + start, residual ? residual + start : nullptr, residual ? total + start : nullptr};
