@@ -16,8 +16,9 @@ from torch import Tensor
 
 from posttrain import _C, ops
 from posttrain.bench.interleave import interleave
-from posttrain.ops import use_backend
+from posttrain.ops import layout_cuda, use_backend
 from posttrain.ops.backend import CUDA_DTYPES, cuda_kernels, cuda_stream
+from posttrain.ops.layout import PackedLayout, torch_schedule
 
 CALLS = 16
 
@@ -101,7 +102,52 @@ def logprob_fold() -> Race:
     return Race(f"logprob_fold [{rows}, {columns}]", call, None, 1.5 * tile.nbytes, [(tile,)], None)
 
 
-RACES = {race.__name__: race for race in (linear_logprob, logprob_fold)}
+def paged_attention() -> Race:
+    """A token for each of 64 sequences of 4096 keys of their own."""
+    return _decoding("64 x 4096 keys", shared=0, own=4096)
+
+
+def paged_attention_shared() -> Race:
+    """The same for 8 prompts with 8 completions each; the bytes are those of every page once."""
+    return _decoding("8 x 3840 keys with 8 x 256 each", shared=3840, own=256)
+
+
+def _decoding(title: str, shared: int, own: int) -> Race:
+    sequences, group, page, heads, key_heads, width = 64, 8, 16, 32, 8, 128
+    prompts, pages, each = sequences // group, shared // page, own // page
+    q = randn(sequences, heads, width)
+    caches = [randn(prompts * pages + sequences * each, page, key_heads, width) for _ in range(2)]
+    prompt = torch.arange(prompts * pages).view(prompts, 1, pages).expand(-1, group, -1).reshape(sequences, pages)
+    completion = prompts * pages + torch.arange(sequences * each).view(sequences, each)
+    table = torch.cat([prompt, completion], 1).int().to(DEVICE)
+    lens = torch.full((sequences,), shared + own, dtype=torch.int32, device=DEVICE)
+
+    def call(q: Tensor, *caches: Tensor) -> Tensor:
+        return ops.paged_attention(q, *caches, table, lens)
+
+    def plain(q: Tensor, *caches: Tensor) -> Tensor:
+        keys, values = (cache[table].flatten(1, 2).transpose(1, 2) for cache in caches)
+        return torch.nn.functional.scaled_dot_product_attention(q[:, :, None], keys, values, enable_gqa=True)
+
+    moved = 2 * q.nbytes + sum(cache.nbytes for cache in caches)
+    return Race(f"paged_attention, {title}", call, plain, moved, [(q, *caches)], "paged_attention")
+
+
+def packed_schedule() -> Race:
+    """The blocks of a pack of 131072 tokens: prompts with completions."""
+    parents = [-1 if i % 8 == 0 else i // 8 * 8 for i in range(256)]
+    layout = PackedLayout.from_forest([512] * 256, parents, DEVICE)
+    arguments = layout.visible_until, layout.positions
+    moved = sum(x.nbytes for x in arguments) + layout.schedule.nbytes
+    return Race(
+        f"packed_schedule [{layout.num_tokens}]", layout_cuda.schedule, torch_schedule, moved, [arguments], None
+    )
+
+
+RACES = {
+    race.__name__: race
+    for race in (linear_logprob, logprob_fold, paged_attention, paged_attention_shared, packed_schedule)
+}
 
 
 @pytest.mark.parametrize("name", RACES)
@@ -109,11 +155,13 @@ def test_cuda(name: str, publish) -> None:
     race = RACES[name]()
     ways: dict[str, tuple[Callable[..., Any] | None, str | None]] = {"cuda": (race.call, "cuda")}
     if race.op:
-        ways |= {"triton": (race.call, "triton"), "plain PyTorch": (race.plain, None)}
+        ways["triton"] = race.call, "triton"
+    ways["plain PyTorch"] = race.plain, None
     functions = {way: _repeated(call, backend, race) for way, (call, backend) in ways.items() if call}
     copy = copies(race.moved, torch.empty(1, dtype=torch.uint8, device=DEVICE))
     functions["floor"] = _repeated(race.floor or (lambda *_: copy()), None, race)
-    comparison = interleave(functions, baseline="triton" if race.op else "floor", rounds=21)
+    baseline = "triton" if race.op else "plain PyTorch" if race.plain else "floor"
+    comparison = interleave(functions, baseline=baseline, rounds=21)
     calls = CALLS if race.captured else 1
     rates = {f"GB/s, {way}": calls * race.moved / time.median / 1e9 for way, time in comparison.seconds.items()}
     publish(f"cuda-{name}", f"{race.title}, {calls} calls", comparison, **rates)

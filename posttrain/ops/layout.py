@@ -155,15 +155,8 @@ class PackedLayout:
         which the first token's tree starts, and the smallest position. Computed once, on the device, without
         synchronising it; zeros fill it up to a multiple of 4 blocks.
         """
-        if layout_cuda.has_kernels(self.visible_until.device):
-            return layout_cuda.schedule(self.visible_until, self.positions)
-        fill = (0, -self.num_tokens % (4 * BLOCK))
-        until, positions = (torch.nn.functional.pad(x, fill) for x in (self.visible_until, self.positions))
-        index = torch.arange(len(until), dtype=torch.int32, device=until.device)
-        starts = torch.where(until.cummax(0).values.roll(1) <= index, index, 0) if len(until) else until
-        until, positions = until.view(-1, BLOCK), positions.view(-1, BLOCK)
-        tree_start = starts.cummax(0).values[::BLOCK] // BLOCK * BLOCK
-        return torch.stack([until.amax(1), until.amin(1), positions.amax(1), tree_start, positions.amin(1)])
+        kernels = layout_cuda.has_kernels(self.visible_until.device)
+        return (layout_cuda.schedule if kernels else torch_schedule)(self.visible_until, self.positions)
 
     @cached_property
     def varlen(self) -> Varlen:
@@ -231,6 +224,17 @@ class PackedLayout:
             open_until.append(until[start])
         more = f" and {len(spans) - _SHOWN} more" if len(spans) > _SHOWN else ")" * (len(open_until) - 1)
         return f"PackedLayout({self.num_tokens} tokens on {self.visible_until.device}, segments of {text}{more})"
+
+
+def torch_schedule(visible_until: Tensor, positions: Tensor) -> Tensor:
+    """`PackedLayout.schedule` by PyTorch's ops."""
+    fill = (0, -len(visible_until) % (4 * BLOCK))
+    until, positions = (torch.nn.functional.pad(x, fill) for x in (visible_until, positions))
+    index = torch.arange(len(until), dtype=torch.int32, device=until.device)
+    starts = torch.where(until.cummax(0).values.roll(1) <= index, index, 0) if len(until) else until
+    until, positions = until.view(-1, BLOCK), positions.view(-1, BLOCK)
+    tree_start = starts.cummax(0).values[::BLOCK] // BLOCK * BLOCK
+    return torch.stack([until.amax(1), until.amin(1), positions.amax(1), tree_start, positions.amin(1)])
 
 
 _SHOWN = 12

@@ -1,7 +1,7 @@
 """Layouts of packed tokens by the CUDA kernels: integer for integer what layout.py makes otherwise.
 
 `expand` sends two integers for each segment to the device instead of two for each token, and waits for nothing.
-`schedule` is two launches instead of some twenty.
+`schedule` is two launches; PyTorch's ops are eighteen.
 """
 
 import numpy as np
