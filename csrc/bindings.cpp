@@ -2,6 +2,7 @@
 // devices and contiguity before calling; nothing is checked twice here.
 #include <pybind11/pybind11.h>
 
+#include "burst.h"
 #include "cpu/all.h"
 #ifdef POSTTRAIN_WITH_CUDA
 #include "cuda/bindings.h"
@@ -246,51 +247,83 @@ void turn_weight(int itemsize, address weight, int64_t height, int64_t width, ad
   });
 }
 
-int64_t decoder_workspace(int itemsize, address decoder, int64_t tokens, int threads) {
+// Addresses of temperature, top_k, top_p, min_p, seeds, offsets.
+using sample_parameters = std::tuple<address, address, address, address, address, address>;
+
+posttrain::SampleBatch sample_batch(address logits, int64_t stride, int64_t rows, int64_t size, sample_parameters p) {
+  const auto [temperature, top_k, top_p, min_p, seeds, offsets] = p;
+  return {at<float>(logits), stride, rows, size, at<float>(temperature), at<int64_t>(top_k), at<float>(top_p),
+          at<float>(min_p), at<int64_t>(seeds), at<int64_t>(offsets)};
+}
+
+void sample(address logits, int64_t stride, int64_t rows, int64_t size, sample_parameters parameters, address tokens,
+            address logprobs, int threads) {
+  py::gil_scoped_release release;
+  POSTTRAIN_CALL(sample, sample_batch(logits, stride, rows, size, parameters), at<int64_t>(tokens),
+                 at<float>(logprobs), threads);
+}
+
+// Addresses of cosines and sines [positions, rotated] of the first and of the last kind of layers; rotated width.
+using angle_tables = std::tuple<address, address, address, address, int64_t>;
+
+template <class T>
+posttrain::Angles<T> angles(angle_tables a) {
+  const auto [cos, sin, last_cos, last_sin, rotated] = a;
+  return {{at<T>(cos), at<T>(last_cos)}, {at<T>(sin), at<T>(last_sin)}, rotated};
+}
+
+int64_t decoder_workspace(int itemsize, address decoder, int64_t tokens, int64_t rows, int64_t rotated, int threads) {
   const auto size = [=](auto t) {
     using T = decltype(t);
     posttrain::DecoderStep<T> step = {};
-    step.num_tokens = tokens, step.threads = threads;
+    step.num_tokens = tokens, step.num_rows = rows, step.angles.rotated = rotated, step.threads = threads;
     return POSTTRAIN_CALL(decoder_workspace<T>, *at<posttrain::Decoder<T>>(decoder), step);
   };
   return itemsize == 8 ? size(double{}) : size(float{});
 }
 
-// Addresses of token ids, slots and rows; of the cosines and sines of two kinds of layers; tokens, rows, rotated width.
-using step_tokens = std::tuple<address, address, address>;
-using step_angles = std::tuple<address, address, address, address>;
-using step_sizes = std::tuple<int64_t, int64_t, int64_t>;
+// Addresses of token ids, positions, slots and rows; how many tokens and rows.
+using step_tokens = std::tuple<address, address, address, address, int64_t, int64_t>;
 
-void decode(int itemsize, address decoder, step_tokens i, step_angles a, step_sizes n, tables t, address logits,
-            address workspace, int threads) {
+void decode(int itemsize, address decoder, step_tokens i, angle_tables a, tables t, address logits, address workspace,
+            int threads) {
   by_size(itemsize, [=](auto t_) {
     using T = decltype(t_);
-    const auto [tokens, slots, rows] = i;
-    const auto [cos, sin, local_cos, local_sin] = a;
-    const auto [num_tokens, num_rows, rotated] = n;
+    const auto [tokens, positions, slots, rows, num_tokens, num_rows] = i;
     const posttrain::Decoder<T>& d = *at<posttrain::Decoder<T>>(decoder);
     const posttrain::PagedTables all = paged_tables(t);
     const posttrain::PagedPlan work = posttrain::paged_plan(all, d.page_size, d.heads / d.key_heads);
-    const posttrain::DecoderStep<T> step = {
-        at<int64_t>(tokens), at<int64_t>(slots), at<int64_t>(rows), {at<T>(cos), at<T>(local_cos)},
-        {at<T>(sin), at<T>(local_sin)}, num_tokens, num_rows, rotated,
-        {all.block_table, all.stride, __builtin_ctzll(d.page_size)}, work.slices.data(), work.panels.data(),
-        int64_t(work.panels.size()), threads, at<T>(logits), at<T>(workspace)};
+    posttrain::DecoderStep<T> step = {};
+    step.tokens = at<int64_t>(tokens), step.positions = at<int64_t>(positions);
+    step.slots = at<int64_t>(slots), step.rows = at<int64_t>(rows);
+    step.num_tokens = num_tokens, step.num_rows = num_rows;
+    step.angles = angles<T>(a);
+    step.table = {all.block_table, all.stride, __builtin_ctzll(d.page_size)};
+    step.slices = work.slices.data(), step.panels = work.panels.data(), step.num_panels = work.panels.size();
+    step.threads = threads, step.logits = at<T>(logits), step.workspace = at<T>(workspace);
     POSTTRAIN_CALL(decode<T>, d, step);
   });
 }
 
-// Addresses of temperature, top_k, top_p, min_p, seeds, offsets.
-using sample_parameters = std::tuple<address, address, address, address, address, address>;
+// Addresses of the most tokens of each sequence, of whether ends complete it, and of the ends; how many ends.
+using burst_ends = std::tuple<address, address, address, int64_t>;
 
-void sample(address logits, int64_t stride, int64_t rows, int64_t size, sample_parameters parameters, address tokens,
-            address logprobs, int threads) {
-  py::gil_scoped_release release;
-  const auto [temperature, top_k, top_p, min_p, seeds, offsets] = parameters;
-  const posttrain::SampleBatch batch = {
-      at<float>(logits), stride, rows, size, at<float>(temperature), at<int64_t>(top_k), at<float>(top_p),
-      at<float>(min_p), at<int64_t>(seeds), at<int64_t>(offsets)};
-  POSTTRAIN_CALL(sample, batch, at<int64_t>(tokens), at<float>(logprobs), threads);
+// `out`: addresses of tokens, their log-probabilities, and how many tokens of each sequence. Returns the next step.
+int64_t burst(int itemsize, address decoder, angle_tables a, tables t, burst_ends e, sample_parameters draws,
+              std::tuple<address, address, address> out, int64_t step, bool until_one, double seconds, address logits,
+              address workspace, int threads) {
+  by_size(itemsize, [=, &step](auto t_) {
+    using T = decltype(t_);
+    const auto [limits, heeds, ends, num_ends] = e;
+    const auto [tokens, logprobs, drawn] = out;
+    const posttrain::BurstTask task = {
+        paged_tables(t), at<int64_t>(limits), at<int64_t>(heeds), at<int64_t>(ends), num_ends,
+        sample_batch(0, 0, 0, 0, draws), at<int64_t>(tokens), at<float>(logprobs), at<int64_t>(drawn), until_one,
+        seconds};
+    step = posttrain::burst<T>(*at<posttrain::Decoder<T>>(decoder), angles<T>(a), task, step, at<T>(logits),
+                               at<T>(workspace), threads);
+  });
+  return step;
 }
 
 // Packed, absmax (or its 8-bit index), nested absmax, nested code and offset (0 without nested statistics); block,
@@ -363,4 +396,5 @@ PYBIND11_MODULE(_C, m) {
   m.attr("turned_columns") = posttrain::kTurnedColumns;
   m.def("decoder_workspace", &decoder_workspace);
   m.def("decode", &decode);
+  m.def("burst", &burst);
 }

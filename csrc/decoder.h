@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "attention.h"
+#include "sample.h"
 
 namespace posttrain {
 
@@ -33,7 +34,7 @@ struct AdaptedLinear {
 };
 
 // Norms are null where a family has none. Those of queries and keys are over each head, or over all heads together.
-// `rope` says which of the step's angles the layer uses.
+// `rope` says which of the decoder's kinds of angles the layer uses.
 template <class T>
 struct DecoderLayer {
   const T *before_attention, *after_attention, *before_mlp, *after_mlp;
@@ -43,6 +44,7 @@ struct DecoderLayer {
   int64_t window, rope, norm_each_head;
 };
 
+// Logits are head_softcap tanh(logit_scale x / head_softcap), without a tanh where head_softcap is 0.
 template <class T>
 struct Decoder {
   const T* embeddings;
@@ -50,20 +52,31 @@ struct Decoder {
   const DecoderLayer<T>* layers;
   AdaptedLinear<T> head;
   int64_t num_layers, hidden, heads, key_heads, width, intermediate, activation, page_size, most_rank;
-  double embedding_scale, eps, scale, softcap;
+  double embedding_scale, eps, scale, softcap, logit_scale, head_softcap;
 };
 
-// Tokens and where they go. Angles are [tokens, rotated]; logits [num_rows, vocabulary] are those of `rows`.
+// Cosines and sines [positions, rotated] of two kinds of layers.
+template <class T>
+struct Angles {
+  const T *cos[2], *sin[2];
+  int64_t rotated;
+};
+
+// Tokens, their positions and where they go. logits [num_rows, vocabulary] are those of `rows`, ascending. If
+// `drawn` isn't null, a token is drawn from each of them, as `draws` say except for the logits.
 template <class T>
 struct DecoderStep {
-  const int64_t *tokens, *slots, *rows;
-  const T *cos[2], *sin[2];
-  int64_t num_tokens, num_rows, rotated;
+  const int64_t *tokens, *positions, *slots, *rows;
+  int64_t num_tokens, num_rows;
+  Angles<T> angles;
   BlockTable table;
   const QuerySlice* slices;
   const SlicePanel* panels;
   int64_t num_panels, threads;
   T *logits, *workspace;
+  SampleBatch draws;
+  int64_t* drawn;
+  float* logprobs;
 };
 
 }  // namespace posttrain

@@ -1,120 +1,174 @@
-// One step of a whole decoder: the tokens' embeddings through all layers, to logits behind some of them. It is what the
-// modules of posttrain/models/families.py do, one kernel after the other without a way back to Python, and each of the
-// kernels gives a token the same bits whatever is beside it.
+// One step of a whole decoder: the tokens' embeddings through all layers, to logits behind some of them, and to a token
+// drawn from each. It is what the modules of posttrain/models/families.py do, one kernel after the other without a way
+// back to Python, and each of the kernels gives a token the same bits whatever is beside it.
+//
+// All threads go through the step together (team.h): linear layers are split by their outputs, so that each thread keeps
+// its weights in its own cache, what stands between them by tokens.
 //
 // The residual stream is `state`; what attention and MLP give, `delta`, joins it in the norm that follows.
 #include "cpu/kernels.h"
+#include "cpu/simd.h"
+#include "cpu/team.h"
 
 namespace posttrain::POSTTRAIN_ISA {
 
 namespace {
 
+constexpr int64_t kSmall = 1 << 18;  // multiplications in a layer that one thread does alone
+
 template <class T>
 struct Run {
   const Decoder<T>& d;
   const DecoderStep<T>& s;
-  T *state, *delta, *normed, *q, *k, *v, *attended, *gate, *up, *low, *rstd, *attention;
+  T *state, *delta, *normed, *q, *k, *v, *attended, *gate, *up, *low, *rstd, *attention, *cos[2], *sin[2];
+  float* draws_from;
 
   // Takes the places of its arrays in the workspace; returns its size.
   int64_t place(T* base) {
     const int64_t n = s.num_tokens, inner = d.heads * d.width, key_inner = d.key_heads * d.width;
     int64_t at = 0;
-    const auto take = [&](int64_t size) {
-      at += size;
-      return base ? base + at - size : nullptr;
+    const auto take = [&](int64_t size) {  // whole vectors, so that what begins at a multiple stays there
+      const int64_t from = at;
+      at += (size + Lanes<T>::n - 1) / Lanes<T>::n * Lanes<T>::n;
+      return base ? base + from : nullptr;
     };
     state = take(n * d.hidden), delta = take(n * d.hidden), normed = take(n * d.hidden);
     q = take(n * inner), attended = take(n * inner), k = take(n * key_inner), v = take(n * key_inner);
     gate = take(n * d.intermediate), up = take(n * d.intermediate);
     low = take(n * 3 * d.most_rank), rstd = take(n * (d.heads > 1 ? d.heads : 1));
+    for (int kind = 0; kind < 2; ++kind)
+      cos[kind] = take(n * s.angles.rotated), sin[kind] = take(n * s.angles.rotated);
     attention = take(s.threads * paged_workspace<T>(d.width));
+    draws_from = sizeof(T) == sizeof(float) ? (float*)s.logits : (float*)take(s.num_rows * d.head.height);
     return at;
   }
 
-  void operator()() {
-    embed();
-    for (int64_t i = 0; i < d.num_layers; ++i) layer(d.layers[i], i == 0);
-    for (int64_t i = 0; i < s.num_rows; ++i) {  // rows ascend, so nothing is overwritten before it is read
-      copy(state + s.rows[i] * d.hidden, state + i * d.hidden, d.hidden);
-      copy(delta + s.rows[i] * d.hidden, delta + i * d.hidden, d.hidden);
-    }
+  // How many kinds of angles differ.
+  int kinds() const { return s.angles.cos[0] == s.angles.cos[1] ? 1 : 2; }
+
+  void operator()(const Team& team) const {
+    embed(team.share(s.num_tokens));
+    for (int64_t i = 0; i < d.num_layers; ++i) layer(team, d.layers[i], i == 0);
     if (s.num_rows == 0) return;
-    enter(d.norm, s.num_rows, false);
+    if (s.num_rows < s.num_tokens) team.wait();  // for rows of others
+    const Share own = team.share(s.num_rows);
+    for (int64_t begin = own.begin, end; begin < own.end; begin = end) {  // rows that follow each other
+      end = begin + 1;
+      while (end < own.end && s.rows[end] == s.rows[end - 1] + 1) ++end;
+      const int64_t at = s.rows[begin] * d.hidden;
+      rms_norm_forward<T>(delta + at, state + at, d.norm, normed + begin * d.hidden, state + at, rstd + begin,
+                          end - begin, d.hidden, d.eps);
+    }
+    team.wait();
     const AdaptedLinear<T>* heads[] = {&d.head};
     T* outs[] = {s.logits};
-    project(normed, s.num_rows, heads, outs, 1);
+    project(team, normed, s.num_rows, heads, outs, 1);
+    scale_logits(own);
+    if (s.drawn) draw(own);
   }
 
-  void embed() {
-    for (int64_t i = 0; i < s.num_tokens; ++i) {
+  void embed(Share own) const {
+    for (int64_t i = own.begin; i < own.end; ++i) {
       const T* from = d.embeddings + s.tokens[i] * d.hidden;
       for (int64_t j = 0; j < d.hidden; ++j) state[i * d.hidden + j] = from[j] * T(d.embedding_scale);
+      const int64_t width = s.angles.rotated;
+      for (int kind = 0; kind < kinds(); ++kind) {
+        copy(s.angles.cos[kind] + s.positions[i] * width, cos[kind] + i * width, width);
+        copy(s.angles.sin[kind] + s.positions[i] * width, sin[kind] + i * width, width);
+      }
     }
   }
 
-  void layer(const DecoderLayer<T>& l, bool first) {
-    const int64_t n = s.num_tokens, inner = d.heads * d.width, key_inner = d.key_heads * d.width;
-    const T* x = enter(l.before_attention, n, first);
+  void layer(const Team& team, const DecoderLayer<T>& l, bool first) const {
+    const int64_t n = s.num_tokens;
+    const Share own = team.share(n);
+    const T* x = enter(l.before_attention, own, first);
+    team.restart();
+    team.wait();
     const AdaptedLinear<T>* projections[] = {&l.q, &l.k, &l.v};
     T* projected[] = {q, k, v};
-    project(x, n, projections, projected, 3);
-    if (l.q_norm) {
-      const int64_t parts = l.norm_each_head ? d.heads : 1, key_parts = l.norm_each_head ? d.key_heads : 1;
-      norm(q, l.q_norm, n * parts, inner / parts);
-      norm(k, l.k_norm, n * key_parts, key_inner / key_parts);
-    }
-    turn(q, d.heads, l.rope);
-    turn(k, d.key_heads, l.rope);
-    for (int64_t i = 0; i < n; ++i) {
-      copy(k + i * key_inner, l.keys + s.slots[i] * key_inner, key_inner);
-      copy(v + i * key_inner, l.values + s.slots[i] * key_inner, key_inner);
-    }
-    attend(l);
+    project(team, x, n, projections, projected, 3);
+    place_heads(l, own);
+    team.wait();
+    attend(team, l);
+    team.wait();
     const AdaptedLinear<T>* out[] = {&l.o};
-    project(attended, n, out, &delta, 1);
-    if (l.after_attention) norm(delta, l.after_attention, n, d.hidden);
-    x = enter(l.before_mlp, n, false);
+    T* deltas[] = {delta};
+    project(team, attended, n, out, deltas, 1);
+    if (l.after_attention) norm(delta, l.after_attention, own, 1, d.hidden);
+    x = enter(l.before_mlp, own, false);
+    team.wait();
     const AdaptedLinear<T>* halves[] = {&l.gate, &l.up};
     T* both[] = {gate, up};
-    project(x, n, halves, both, 2);
-    glu_forward<T>(int(d.activation), gate, d.intermediate, up, d.intermediate, gate, n, d.intermediate);
+    project(team, x, n, halves, both, 2);
+    const int64_t at = own.begin * d.intermediate;
+    glu_forward<T>(int(d.activation), gate + at, d.intermediate, up + at, d.intermediate, gate + at, own.count(),
+                   d.intermediate);
+    team.wait();
     const AdaptedLinear<T>* down[] = {&l.down};
-    project(gate, n, down, &delta, 1);
-    if (l.after_mlp) norm(delta, l.after_mlp, n, d.hidden);
+    project(team, gate, n, down, deltas, 1);
+    if (l.after_mlp) norm(delta, l.after_mlp, own, 1, d.hidden);
   }
 
   // Adds delta, unless it is the `first` layer, to the state; returns its norm, or itself without a norm.
-  const T* enter(const T* weight, int64_t rows, bool first) {
+  const T* enter(const T* weight, Share own, bool first) const {
+    const int64_t at = own.begin * d.hidden;
     if (weight) {
-      rms_norm_forward<T>(first ? state : delta, first ? nullptr : state, weight, normed, first ? nullptr : state, rstd,
-                          rows, d.hidden, d.eps);
+      rms_norm_forward<T>((first ? state : delta) + at, first ? nullptr : state + at, weight, normed + at,
+                          first ? nullptr : state + at, rstd + own.begin, own.count(), d.hidden, d.eps);
       return normed;
     }
     if (!first)
-      for (int64_t i = 0; i < rows * d.hidden; ++i) state[i] += delta[i];
+      for (int64_t i = at; i < own.end * d.hidden; ++i) state[i] += delta[i];
     return state;
   }
 
-  void norm(T* x, const T* weight, int64_t rows, int64_t width) {
-    rms_norm_forward<T>(x, nullptr, weight, x, nullptr, rstd, rows, width, d.eps);
+  // Norms each of a token's `parts` of `width`.
+  void norm(T* x, const T* weight, Share own, int64_t parts, int64_t width) const {
+    T* at = x + own.begin * parts * width;
+    rms_norm_forward<T>(at, nullptr, weight, at, nullptr, rstd + own.begin * parts, own.count() * parts, width, d.eps);
   }
 
-  void turn(T* x, int64_t heads, int64_t which) {
+  // Norms and turns queries and keys, and puts keys and values where they belong.
+  void place_heads(const DecoderLayer<T>& l, Share own) const {
+    const int64_t inner = d.heads * d.width, key_inner = d.key_heads * d.width;
+    if (l.q_norm) {
+      const int64_t parts = l.norm_each_head ? d.heads : 1, key_parts = l.norm_each_head ? d.key_heads : 1;
+      norm(q, l.q_norm, own, parts, inner / parts);
+      norm(k, l.k_norm, own, key_parts, key_inner / key_parts);
+    }
+    turn(q, d.heads, l.rope, own);
+    turn(k, d.key_heads, l.rope, own);
+    for (int64_t i = own.begin; i < own.end; ++i) {
+      copy(k + i * key_inner, l.keys + s.slots[i] * key_inner, key_inner);
+      copy(v + i * key_inner, l.values + s.slots[i] * key_inner, key_inner);
+    }
+  }
+
+  void turn(T* x, int64_t heads, int64_t kind, Share own) const {
     const HeadStrides strides = {0, d.width, heads * d.width};
-    rope<T>(x, strides, x, strides, s.cos[which], s.sin[which], 0, 1, heads, s.num_tokens, d.width, s.rotated, false);
+    T* at = x + own.begin * strides.token;
+    const int64_t angle = own.begin * s.angles.rotated;
+    const int at_kind = kind < kinds() ? int(kind) : 0;
+    rope<T>(at, strides, at, strides, cos[at_kind] + angle, sin[at_kind] + angle, 0, 1, heads, own.count(), d.width,
+            s.angles.rotated, false);
   }
 
-  void attend(const DecoderLayer<T>& l) {
+  void attend(const Team& team, const DecoderLayer<T>& l) const {
     const int64_t line = d.key_heads * d.width;
     const PagedAttention<T> f = {{q, d.heads * d.width, d.width},
                                  {l.keys, d.page_size * line, line, d.width},
                                  {l.values, d.page_size * line, line, d.width},
                                  s.table, nullptr, d.heads, d.key_heads, d.width, d.scale, d.softcap, l.window};
-    paged_attention<T>(f, s.slices, s.panels, s.num_panels, attended, attention, int(s.threads));
+    const int64_t pieces = paged_pieces(f, s.num_panels, team.threads);
+    T* own = attention + team.thread * paged_workspace<T>(d.width);
+    for (int64_t i; (i = team.take()) < pieces;)
+      paged_piece(f, s.slices, s.panels, s.num_panels, team.threads, i, attended, own);
   }
 
-  // y[i] = layers[i](x), up to three.
-  void project(const T* x, int64_t rows, const AdaptedLinear<T>* const* layers, T* const* y, int count) {
+  // y[i] = layers[i](x), up to three, which all threads wait for.
+  void project(const Team& team, const T* x, int64_t rows, const AdaptedLinear<T>* const* layers, T* const* y,
+               int count) const {
     LinearTask<T> whole[3], down[3];
     int adapted = 0;
     for (int i = 0; i < count; ++i) {
@@ -125,21 +179,52 @@ struct Run {
       down[adapted] = {a.lora_a, nullptr, own, a.rank, a.width, a.rank, 1.0, false, nullptr};
       ++adapted;
     }
-    linear<T>(x, rows, whole, count);
+    linear_share<T>(x, rows, whole, count, team.thread, team.threads);
+    if (adapted) linear_share<T>(x, rows, down, adapted, team.thread, team.threads);
+    team.wait();
     if (adapted == 0) return;
-    linear<T>(x, rows, down, adapted);
     for (int i = 0, next = 0; i < count; ++i) {
       const AdaptedLinear<T>& a = *layers[i];
       if (a.rank == 0) continue;
       const LinearTask<T> raise = {a.lora_b, nullptr, y[i], a.height, a.rank, a.height, a.scaling, true, nullptr};
-      linear<T>(down[next++].y, rows, &raise, 1);
+      linear_share<T>(down[next++].y, rows, &raise, 1, team.thread, team.threads);
     }
+    team.wait();
+  }
+
+  void scale_logits(Share own) const {
+    const T scale = T(d.logit_scale), cap = T(d.head_softcap);
+    T *at = s.logits + own.begin * d.head.height, *end = s.logits + own.end * d.head.height;
+    if (scale != T(1))
+      for (T* x = at; x < end; ++x) *x *= scale;
+    if (cap > T(0))
+      for (; at < end; at += Lanes<T>::n) {
+        const int lanes = end - at < Lanes<T>::n ? int(end - at) : Lanes<T>::n;
+        store_part(at, tanh(load_part(at, lanes, T(0)) * (T(1) / cap)) * cap, lanes);
+      }
+  }
+
+  void draw(Share own) const {
+    const int64_t size = d.head.height;
+    if (sizeof(T) != sizeof(float))
+      for (int64_t i = own.begin * size; i < own.end * size; ++i) draws_from[i] = float(s.logits[i]);
+    SampleBatch batch = s.draws;
+    batch.logits = draws_from, batch.stride = batch.size = size, batch.rows = s.num_rows;
+    for (int64_t i = own.begin; i < own.end; ++i) sample_row(batch, i, s.drawn, s.logprobs);
   }
 
   static void copy(const T* from, T* to, int64_t count) {
     for (int64_t i = 0; i < count; ++i) to[i] = from[i];
   }
 };
+
+template <class T>
+int64_t layer_work(const DecoderLayer<T>& l) {
+  const AdaptedLinear<T>* parts[] = {&l.q, &l.k, &l.v, &l.o, &l.gate, &l.up, &l.down};
+  int64_t work = 0;
+  for (const AdaptedLinear<T>* part : parts) work += part->height * part->width;
+  return work;
+}
 
 }  // namespace
 
@@ -153,7 +238,10 @@ template <class T>
 void decode(const Decoder<T>& decoder, const DecoderStep<T>& step) {
   Run<T> run = {decoder, step};
   run.place(step.workspace);
-  run();
+  TeamState all;
+  const bool alone = step.num_tokens * layer_work(decoder.layers[0]) <= kSmall;
+#pragma omp parallel num_threads(alone ? 1 : int(step.threads))
+  run(Team{all});
 }
 
 #define INSTANTIATE(T)                                                             \

@@ -85,8 +85,17 @@ template <class T>
 void paged_attention(const PagedAttention<T>& f, const QuerySlice* slices, const SlicePanel* panels,
                      int64_t num_panels, T* out, T* workspace, int threads);
 
+// The same in pieces, 0 <= piece < paged_pieces, in any order and on any thread; each thread has a workspace.
+template <class T>
+int64_t paged_pieces(const PagedAttention<T>& f, int64_t num_panels, int64_t threads);
+template <class T>
+void paged_piece(const PagedAttention<T>& f, const QuerySlice* slices, const SlicePanel* panels, int64_t num_panels,
+                 int64_t threads, int64_t piece, T* out, T* workspace);
+
 // A row without a distribution gets token 0 and the logprob NaN.
 void sample(const SampleBatch& batch, int64_t* tokens, float* logprobs, int threads);
+// Row `row` by itself.
+void sample_row(const SampleBatch& batch, int64_t row, int64_t* tokens, float* logprobs);
 
 // Elements [first, first + count) of the matrix `w`.
 template <class T>
@@ -99,6 +108,9 @@ void nf4_matvec(const Nf4& w, const T* x, T* turned, int rows, int64_t width, in
 // Several layers with the same x [rows, width]. Every output has the same bits whatever rows are beside it.
 template <class T>
 void linear(const T* x, int64_t rows, const LinearTask<T>* tasks, int count);
+// The part of it that is that of thread number `thread`.
+template <class T>
+void linear_share(const T* x, int64_t rows, const LinearTask<T>* tasks, int count, int64_t thread, int64_t threads);
 // Turns W [height, width]; `turned` has room for whole pieces.
 template <class T>
 void turn_weight(const T* weight, int64_t height, int64_t width, T* turned);

@@ -26,7 +26,7 @@ void write(const T* sums, const LinearTask<T>& task, int64_t row, int64_t column
 // Columns [first, last) of one layer, for all rows.
 template <class T>
 void columns(const T* x, int64_t rows, const LinearTask<T>& task, int64_t first, int64_t last) {
-  T piece[kDepth * kColumns], sums[kMostRows * kColumns];
+  alignas(kVectorBytes) T piece[kDepth * kColumns], sums[kMostRows * kColumns];
   const int64_t width = task.width;
   for (int64_t j = first, count = 0; j < last; j += count) {
     const int64_t within = task.turned ? j % kColumns : 0, rest = kColumns - within;
@@ -51,24 +51,25 @@ void columns(const T* x, int64_t rows, const LinearTask<T>& task, int64_t first,
 }  // namespace
 
 template <class T>
-void linear(const T* x, int64_t rows, const LinearTask<T>* tasks, int count) {
+void linear_share(const T* x, int64_t rows, const LinearTask<T>* tasks, int count, int64_t thread, int64_t threads) {
   constexpr int64_t unit = Lanes<T>::n;
-  int64_t units = 0, work = 0;
-  for (int t = 0; t < count; ++t) {
-    units += (tasks[t].height + unit - 1) / unit;
-    work += rows * tasks[t].height * tasks[t].width;
+  int64_t units = 0;
+  for (int t = 0; t < count; ++t) units += (tasks[t].height + unit - 1) / unit;
+  int64_t begin = units * thread / threads, end = units * (thread + 1) / threads;
+  for (int t = 0; t < count && end > 0; ++t) {
+    const int64_t height = tasks[t].height, own = (height + unit - 1) / unit;
+    if (begin < own) columns<T>(x, rows, tasks[t], begin * unit, end < own ? end * unit : height);
+    begin = begin < own ? 0 : begin - own;
+    end -= own;
   }
+}
+
+template <class T>
+void linear(const T* x, int64_t rows, const LinearTask<T>* tasks, int count) {
+  int64_t work = 0;
+  for (int t = 0; t < count; ++t) work += rows * tasks[t].height * tasks[t].width;
 #pragma omp parallel if (work > kSmall)
-  {
-    const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
-    int64_t begin = units * thread / threads, end = units * (thread + 1) / threads;
-    for (int t = 0; t < count && end > 0; ++t) {
-      const int64_t height = tasks[t].height, own = (height + unit - 1) / unit;
-      if (begin < own) columns<T>(x, rows, tasks[t], begin * unit, end < own ? end * unit : height);
-      begin = begin < own ? 0 : begin - own;
-      end -= own;
-    }
-  }
+  linear_share<T>(x, rows, tasks, count, omp_get_thread_num(), omp_get_num_threads());
 }
 
 template <class T>
@@ -80,9 +81,11 @@ void turn_weight(const T* weight, int64_t height, int64_t width, T* turned) {
   }
 }
 
-template void turn_weight<float>(const float*, int64_t, int64_t, float*);
-template void turn_weight<double>(const double*, int64_t, int64_t, double*);
-template void linear<float>(const float*, int64_t, const LinearTask<float>*, int);
-template void linear<double>(const double*, int64_t, const LinearTask<double>*, int);
+#define INSTANTIATE(T)                                                                                     \
+  template void turn_weight<T>(const T*, int64_t, int64_t, T*);                                            \
+  template void linear_share<T>(const T*, int64_t, const LinearTask<T>*, int, int64_t, int64_t);           \
+  template void linear<T>(const T*, int64_t, const LinearTask<T>*, int);
+INSTANTIATE(float)
+INSTANTIATE(double)
 
 }  // namespace posttrain::POSTTRAIN_ISA

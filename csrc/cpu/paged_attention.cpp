@@ -258,35 +258,56 @@ int64_t paged_workspace(int64_t width) {
   return kRows * (2 * line + width + kKeys) + kKeys * line + Lanes<T>::n;
 }
 
+// Key heads of a piece, so that there are some pieces for each thread.
+template <class T>
+int64_t heads_of_a_piece(const PagedAttention<T>& f, int64_t num_panels, int64_t threads) {
+  const int64_t share = num_panels * f.key_heads / (4 * threads);
+  return share < 1 ? 1 : share < f.key_heads ? share : f.key_heads;
+}
+
+template <class T>
+int64_t paged_pieces(const PagedAttention<T>& f, int64_t num_panels, int64_t threads) {
+  const int64_t heads = heads_of_a_piece(f, num_panels, threads);
+  return num_panels * ((f.key_heads + heads - 1) / heads);
+}
+
+template <class T>
+void paged_piece(const PagedAttention<T>& f, const QuerySlice* slices, const SlicePanel* panels, int64_t num_panels,
+                 int64_t threads, int64_t piece, T* out, T* workspace) {
+  const int64_t heads = heads_of_a_piece(f, num_panels, threads), group = f.heads / f.key_heads;
+  const int64_t parts = (f.key_heads + heads - 1) / heads, part = piece % parts;
+  const SlicePanel task = panels[piece / parts];
+  const int64_t end = (part + 1) * heads < f.key_heads ? (part + 1) * heads : f.key_heads;
+  PagedPanel<T> panel(f, slices, workspace);
+  const int64_t queries = panel.count_queries(task.begin, task.end);
+  const int64_t most = kRows / queries < group ? kRows / queries : group, together = kRows / (queries * most);
+  for (int64_t k = part * heads; k < end; k += together)
+    for (int64_t h = 0; h < group; h += most) {
+      panel.key_head = k, panel.key_heads = end - k < together ? end - k : together;
+      panel.head = h, panel.heads = group - h < most ? group - h : most;
+      panel.rows = 0;
+      panel.start(task);
+      panel.descend(task.begin, task.end, 0, 0);
+      panel.finish(task, out);
+    }
+}
+
 template <class T>
 void paged_attention(const PagedAttention<T>& f, const QuerySlice* slices, const SlicePanel* panels,
                      int64_t num_panels, T* out, T* workspace, int threads) {
-  const int64_t size = paged_workspace<T>(f.width), group = f.heads / f.key_heads;
-  const int64_t share = num_panels * f.key_heads / (4 * threads);  // key heads of a task, so that there are some each
-  const int64_t heads = share < 1 ? 1 : share < f.key_heads ? share : f.key_heads;
-  const int64_t parts = (f.key_heads + heads - 1) / heads;
+  const int64_t size = paged_workspace<T>(f.width), pieces = paged_pieces(f, num_panels, threads);
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
-  for (int64_t i = 0; i < num_panels * parts; ++i) {
-    const SlicePanel task = panels[i / parts];
-    const int64_t end = (i % parts + 1) * heads < f.key_heads ? (i % parts + 1) * heads : f.key_heads;
-    PagedPanel<T> panel(f, slices, workspace + omp_get_thread_num() * size);
-    const int64_t queries = panel.count_queries(task.begin, task.end);
-    const int64_t most = kRows / queries < group ? kRows / queries : group, together = kRows / (queries * most);
-    for (int64_t k = i % parts * heads; k < end; k += together)
-      for (int64_t h = 0; h < group; h += most) {
-        panel.key_head = k, panel.key_heads = end - k < together ? end - k : together;
-        panel.head = h, panel.heads = group - h < most ? group - h : most;
-        panel.rows = 0;
-        panel.start(task);
-        panel.descend(task.begin, task.end, 0, 0);
-        panel.finish(task, out);
-      }
-  }
+  for (int64_t i = 0; i < pieces; ++i)
+    paged_piece(f, slices, panels, num_panels, threads, i, out, workspace + omp_get_thread_num() * size);
 }
 
-#define INSTANTIATE(T)                                                                                   \
-  template int64_t paged_workspace<T>(int64_t);                                                          \
-  template void paged_attention<T>(const PagedAttention<T>&, const QuerySlice*, const SlicePanel*, int64_t, T*, T*, int);
+#define INSTANTIATE(T)                                                                                              \
+  template int64_t paged_workspace<T>(int64_t);                                                                     \
+  template int64_t paged_pieces<T>(const PagedAttention<T>&, int64_t, int64_t);                                     \
+  template void paged_piece<T>(const PagedAttention<T>&, const QuerySlice*, const SlicePanel*, int64_t, int64_t,    \
+                               int64_t, T*, T*);                                                                    \
+  template void paged_attention<T>(const PagedAttention<T>&, const QuerySlice*, const SlicePanel*, int64_t, T*, T*, \
+                                   int);
 INSTANTIATE(float)
 INSTANTIATE(double)
 

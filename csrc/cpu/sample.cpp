@@ -268,22 +268,24 @@ int64_t first_of_largest(const Row& row) {
 
 }  // namespace
 
+void sample_row(const SampleBatch& batch, int64_t r, int64_t* tokens, float* logprobs) {
+  const double temperature = batch.temperature[r] == 0 ? 1 : batch.temperature[r];
+  Row row = {batch.logits + r * batch.stride, batch.size, 0, float(1 / temperature)};
+  tokens[r] = 0;
+  logprobs[r] = __builtin_nanf("");
+  if (!find_top(row)) return;
+  const double weight = weight_above(row, -kInfinity);
+  tokens[r] = batch.temperature[r] == 0
+                  ? first_of_largest(row)
+                  : draw_filtered(row, weight, batch.top_k[r], batch.top_p[r], float(__builtin_log(batch.min_p[r])),
+                                  batch.seeds[r], batch.offsets[r]);
+  const double z = (double(row.logits[tokens[r]]) - row.top) / temperature;
+  logprobs[r] = float(z - __builtin_log(weight));
+}
+
 void sample(const SampleBatch& batch, int64_t* tokens, float* logprobs, int threads) {
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
-  for (int64_t r = 0; r < batch.rows; ++r) {
-    const double temperature = batch.temperature[r] == 0 ? 1 : batch.temperature[r];
-    Row row = {batch.logits + r * batch.stride, batch.size, 0, float(1 / temperature)};
-    tokens[r] = 0;
-    logprobs[r] = __builtin_nanf("");
-    if (!find_top(row)) continue;
-    const double weight = weight_above(row, -kInfinity);
-    tokens[r] = batch.temperature[r] == 0
-                    ? first_of_largest(row)
-                    : draw_filtered(row, weight, batch.top_k[r], batch.top_p[r], float(__builtin_log(batch.min_p[r])),
-                                    batch.seeds[r], batch.offsets[r]);
-    const double z = (double(row.logits[tokens[r]]) - row.top) / temperature;
-    logprobs[r] = float(z - __builtin_log(weight));
-  }
+  for (int64_t r = 0; r < batch.rows; ++r) sample_row(batch, r, tokens, logprobs);
 }
 
 }  // namespace posttrain::POSTTRAIN_ISA

@@ -40,13 +40,18 @@ _DECODER = np.dtype(
     [(name, "i8") for name in ("embeddings", "norm", "layers")]
     + [("head", _LINEAR)]
     + [(name, "i8") for name in _SIZES]
-    + [(name, "f8") for name in ("embedding_scale", "eps", "scale", "softcap")]
+    + [(name, "f8") for name in ("embedding_scale", "eps", "scale", "softcap", "logit_scale", "head_softcap")]
 )
 assert (_DECODER.itemsize, _LAYER.itemsize) == _C.decoder_sizes()
 
 _ACTIVATIONS = ("silu", "gelu", "gelu_tanh")  # in the order of csrc/cpu/kernels.h
 _MOST_TURNED = 64 << 20  # bytes
+_TURN = 0.05  # seconds of C++ at most, after which other threads and Ctrl-C get their turn
 _STEADY_ROPE = {"default", "linear", "llama3", "yarn"}  # kinds whose angles don't depend on the longest sequence
+
+
+# Addresses of block table, context lengths and query lengths (0 for one each); the table's stride and shape.
+Tables = tuple[int, int, int, int, int, int]
 
 
 class Unusual(Exception):
@@ -57,7 +62,7 @@ class CompiledDecoder:
     """The weights of `model` and the pages of `cache`, described for C++. Raises `Unusual`.
 
     Attributes:
-        head: the model's.
+        vocabulary: how many logits a token has.
         turned: the turned weights of a small model, or None.
     """
 
@@ -73,7 +78,8 @@ class CompiledDecoder:
         if hooked(causal, body, body.norm, *body.layers):
             raise Unusual("it has hooks")
         self._kinds = _rope_kinds(self._rotary)
-        self.head = head(model)
+        self._head = head(model)
+        self.vocabulary = len(self._head.weight)
         layers = np.zeros(len(body.layers), _LAYER)
         for row, layer, shape in zip(layers, body.layers, cache.shapes, strict=True):
             self._describe(row, layer, shape)
@@ -84,76 +90,86 @@ class CompiledDecoder:
         self._address_of_all = int(record.ctypes.data)
         self.turned = self._turn([record["head"], *(row[name] for row in layers for name in _LINEARS)])
         self._workspace = torch.empty(0, dtype=self._dtype)
+        self._logits = torch.empty(0, dtype=self._dtype)
         self._cos: list[Tensor] = []
         self._sin: list[Tensor] = []
 
     def __call__(self, tokens: Tensor, positions: Tensor, rows: Tensor, step: StepLayout) -> Tensor:
         """Logits `[n, V]` of the tokens `rows`, ascending."""
-        logits = torch.empty(len(rows), len(self.head.weight), dtype=self._dtype)
-        cos, sin = self.angles(positions)
-        table = step.block_table
-        self.run(
-            (tokens.data_ptr(), step.slots.data_ptr(), rows.data_ptr()),
-            (cos[0].data_ptr(), sin[0].data_ptr(), cos[-1].data_ptr(), sin[-1].data_ptr()),
-            (len(tokens), len(rows), cos[0].shape[1]),
-            (
-                table.data_ptr(),
-                step.context_lens.data_ptr(),
-                0 if step.query_lens is None else step.query_lens.data_ptr(),
-                table.stride(0),
-                *table.shape,
-            ),
-            logits,
-        )
-        return logits
-
-    def run(
-        self,
-        tokens: tuple[int, int, int],
-        angles: tuple[int, ...],
-        sizes: tuple[int, int, int],
-        tables: tuple[int, int, int, int, int, int],
-        logits: Tensor,
-    ) -> None:
-        """Put a step's logits into `logits` `[n, V]`.
-
-        Args:
-            tokens: addresses of token ids, slots and rows.
-            angles: addresses of cosines and sines of the first and of the last kind of layers.
-            sizes: tokens, rows, and how much of a head is rotated.
-            tables: addresses of block table, context lengths and query lengths (0 for one each); the block table's
-                stride and shape.
-        """
-        threads = torch.get_num_threads()
-        size = _C.decoder_workspace(self._dtype.itemsize, self._address_of_all, sizes[0], threads)
-        if len(self._workspace) < size:
-            self._workspace = torch.empty(size, dtype=self._dtype)
+        logits = torch.empty(len(rows), self.vocabulary, dtype=self._dtype)
+        angles, threads, table = self._angles(int(positions.max()) + 1), torch.get_num_threads(), step.block_table
+        queries = 0 if step.query_lens is None else step.query_lens.data_ptr()
         _C.decode(
             self._dtype.itemsize,
             self._address_of_all,
-            tokens,
+            (*(x.data_ptr() for x in (tokens, positions, step.slots, rows)), len(tokens), len(rows)),
             angles,
-            sizes,
-            tables,
+            (table.data_ptr(), step.context_lens.data_ptr(), queries, table.stride(0), *table.shape),
             logits.data_ptr(),
-            self._workspace.data_ptr(),
+            self._room(len(tokens), len(rows), angles[-1], threads),
             threads,
         )
-        if self.head.logit_scale != 1.0:
-            logits *= self.head.logit_scale
-        cap = self.head.softcap
-        if cap is not None:
-            torch.tanh_(logits.div_(cap)).mul_(cap)
+        return logits
 
-    def angles(self, positions: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Cosines and sines `[T, R]` for each kind of layer, from a table of all positions."""
-        longest = int(positions.max()) + 1
+    def burst(
+        self,
+        tables: Tables,
+        ends: tuple[int, ...],
+        draws: tuple[int, ...],
+        out: tuple[int, ...],
+        step: int,
+        *,
+        longest: int,
+        until_one: bool,
+    ) -> int:
+        """Steps in which every sequence draws a token, as csrc/burst.h has it; the number of the next one.
+
+        Args:
+            tables: of the sequences, without query lengths.
+            ends: addresses of the most tokens of each, of whether tokens complete it, and of those; how many.
+            draws: addresses of temperature, top_k, top_p, min_p, seeds and offsets.
+            out: addresses of tokens, log-probabilities, and how many tokens of each.
+            step: the number of the first step.
+            longest: most tokens of a sequence.
+            until_one: whether to stop when one is complete.
+        """
+        count, angles, threads = tables[-2], self._angles(longest), torch.get_num_threads()
+        size = count * self.vocabulary
+        if len(self._logits) < size:
+            self._logits = torch.empty(size, dtype=self._dtype)
+        return _C.burst(
+            self._dtype.itemsize,
+            self._address_of_all,
+            angles,
+            tables,
+            ends,
+            draws,
+            out,
+            step,
+            until_one,
+            _TURN,
+            self._logits.data_ptr(),
+            self._room(count, count, angles[-1], threads),
+            threads,
+        )
+
+    def _room(self, tokens: int, rows: int, rotated: int, threads: int) -> int:
+        """The address of a workspace for a step."""
+        size = _C.decoder_workspace(self._dtype.itemsize, self._address_of_all, tokens, rows, rotated, threads)
+        if len(self._workspace) < size:
+            self._workspace = torch.empty(size, dtype=self._dtype)
+        return self._workspace.data_ptr()
+
+    def _angles(self, longest: int) -> tuple[int, int, int, int, int]:
+        """Addresses of the cosines and sines of positions below `longest`, of the first and the last kind of layers,
+        and how much of a head is rotated."""
         if not self._cos or len(self._cos[0]) < longest:
             every = torch.arange(max(256, 1 << (longest - 1).bit_length()))[None]
             like = torch.empty(0, dtype=self._dtype)
             tables = [self._rotary(like, every, *kind) for kind in self._kinds]
             self._cos, self._sin = ([table[i][0].to(self._dtype).contiguous() for table in tables] for i in (0, 1))
-        return [x.index_select(0, positions) for x in self._cos], [x.index_select(0, positions) for x in self._sin]
+        cos, sin = self._cos, self._sin
+        return cos[0].data_ptr(), sin[0].data_ptr(), cos[-1].data_ptr(), sin[-1].data_ptr(), cos[0].shape[1]
 
     def _describe(self, row: Any, layer: Any, shape: LayerShape) -> None:
         attention, mlp = layer.self_attn, layer.mlp
@@ -205,7 +221,7 @@ class CompiledDecoder:
             raise Unusual("its embeddings aren't those of a known family")
         if body.config.model_type.startswith("gemma") != scaled:
             raise Unusual("its embeddings are scaled in a way of their own")
-        weight, bias, _, _, lora = self.head
+        weight, bias, head_softcap, logit_scale, lora = self._head
         lora_a, lora_b, scaling = lora or (None, None, 1.0)
         self._linear(record["head"], Adapted(LoraLayer(weight, lora_a, lora_b, scaling, bias)))
         mlp = body.layers[0].mlp
@@ -224,6 +240,8 @@ class CompiledDecoder:
             "most_rank": max(int(layers[name]["rank"].max()) for name in _LINEARS),
             "scale": shape.scale,
             "softcap": shape.softcap or 0.0,
+            "logit_scale": logit_scale,
+            "head_softcap": head_softcap or 0.0,
         }
         values["most_rank"] = max(values["most_rank"], int(record["head"]["rank"]))
         values["norm"], values["eps"] = self._norm(body.norm)

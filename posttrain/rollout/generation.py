@@ -1,15 +1,14 @@
 """One call of the engine: step after step until every sequence is complete.
 
 A step of the scheduler may hold prompts, copy pages and let sequences join and leave. When it held nothing but one
-token of each running sequence, nothing changes until one of them is complete: those steps run as a *burst*, whose
-tables are made at once (burst.py), without a look at single sequences.
+token of each running sequence, nothing changes until one of them is complete, and not even then if nobody waits for its
+place: those steps run as a *burst* (burst.py), without a look at single sequences.
 """
 
 import time
 from collections.abc import Sequence as Many
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,7 +19,7 @@ from posttrain.rollout.sequence import Sequence
 from posttrain.rollout.stats import Stats
 from posttrain.rollout.text import TextStream
 
-_BURST = 64  # steps at most, between which other threads and Ctrl-C get their turn
+_LONG, _SHORT = 256, 64  # steps of a burst at most; the short one while others wait for pages
 
 
 class Generation:
@@ -54,9 +53,7 @@ class Generation:
         drawing = self._step(step)
         self._stats.add(step, self.scheduler, time.perf_counter() - began)
         if not self._leave(drawing) and self._steady(step, drawing):
-            began = time.perf_counter()
-            steps = self._burst(drawing)
-            self._stats.add_burst(steps, len(drawing), self.scheduler, time.perf_counter() - began)
+            drawing = self._burst(drawing)
             self._leave(drawing)
         return drawing
 
@@ -124,33 +121,34 @@ class Generation:
         elif len(sequence.tokens) >= sequence.limit:
             sequence.finish_reason = "length"
 
-    def _burst(self, sequences: list[Sequence]) -> int:
-        """Draw for all of `sequences`, which are all that run, until one is complete; how many steps that took."""
+    def _burst(self, sequences: list[Sequence]) -> list[Sequence]:
+        """Draw for all of `sequences`, which are all that run: until one is complete, if others wait for its place.
+
+        Returns the sequences as they got done.
+        """
         if any(s.stream is not None or s.params.logprobs for s in sequences):
-            return 0
-        most = min(_BURST, *(s.limit - len(s.tokens) for s in sequences))
-        steps = self.scheduler.reserve_ahead(sequences, most)
+            return sequences
+        waiting = bool(self.scheduler.waiting)
+        steps = self.scheduler.reserve_ahead(sequences, _SHORT if waiting else _LONG)
         if steps == 0:
-            return 0
-        burst = Burst(sequences, self._runner.compiled, self._runner.cache.page_size, steps)
-        ends = [] if all(s.params.ignore_eos for s in sequences) else sorted(self._ends)
-        heeding = np.array([not s.params.ignore_eos for s in sequences])
-        done = 0
-        while done < steps:
-            tokens = burst.step(done)
-            done += 1
-            if any((heeding & (tokens == end)).any() for end in ends):
-                break
-        for sequence, drawn, logprobs in zip(sequences, *burst.drawn(done), strict=True):
-            sequence.computed += done
-            sequence.tokens += drawn
-            sequence.logprobs += logprobs
-            _check(sequence, sum(logprobs))
-            if drawn[-1] in self._ends and not sequence.params.ignore_eos:
+            return sequences
+        began = time.perf_counter()
+        burst = Burst(sequences, self._runner.compiled, steps, self._ends, until_one=waiting)
+        while burst.advance() and not burst.some_complete:
+            pass
+        drawn, logprobs = burst.results()
+        self._stats.add_burst([len(tokens) for tokens in drawn], self.scheduler, time.perf_counter() - began)
+        for sequence, tokens, own in zip(sequences, drawn, logprobs, strict=True):
+            sequence.computed += len(tokens)
+            sequence.tokens += tokens
+            sequence.logprobs += own
+            _check(sequence, sum(own))
+            if tokens[-1] in self._ends and not sequence.params.ignore_eos:
                 sequence.finish_reason = "stop"
             elif len(sequence.tokens) >= sequence.limit:
                 sequence.finish_reason = "length"
-        return done
+        order = sorted(range(len(sequences)), key=lambda i: len(drawn[i]))
+        return [sequences[i] for i in order]
 
 
 def _filters(sequences: Many[Sequence], device: torch.device) -> dict[str, Any]:

@@ -107,10 +107,14 @@ class Scheduler:
         return self._pool.held
 
     def reserve_ahead(self, sequences: Iterable[Sequence], steps: int) -> int:
-        """Pages for `steps` more tokens of each sequence, or for fewer if there is no room; how many it became."""
+        """Pages for `steps` more tokens of each sequence, or for fewer if there is no room; how many it became.
+
+        A sequence doesn't get more than it may have.
+        """
         size = self._pool.page_size
         while steps:
-            missing = [-(-(s.computed + steps) // size) - len(s.pages) for s in sequences]
+            ends = (min(s.computed + steps, s.limit) for s in sequences)
+            missing = [max(0, -(-end // size) - len(s.pages)) for s, end in zip(sequences, ends, strict=True)]
             if sum(missing) <= self._pool.available:
                 break
             steps //= 2

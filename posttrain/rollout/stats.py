@@ -47,12 +47,15 @@ class Stats:
         self.prompt_tokens, self.shared_tokens = scheduler.prompt_tokens, scheduler.shared_tokens
         self.preempted, self.peak_pages = scheduler.preempted, max(self.peak_pages, scheduler.held)
 
-    def add_burst(self, steps: int, sequences: int, scheduler: "Scheduler", seconds: float) -> None:
-        """Count steps with one token of each sequence."""
+    def add_burst(self, drawn: list[int], scheduler: "Scheduler", seconds: float) -> None:
+        """Count steps of which each sequence took the first so many, with one token each."""
         self.peak_pages = max(self.peak_pages, scheduler.held)
-        self.decode_tokens += steps * sequences
+        self.decode_tokens += sum(drawn)
         self.decode_seconds += seconds
-        self._count(steps, sequences)
+        before = 0
+        for steps in sorted(set(drawn)):
+            self._count(steps - before, sum(own >= steps for own in drawn))
+            before = steps
 
     def _count(self, steps: int, size: int) -> None:
         if self.batch_sizes and self.batch_sizes[-1][1] == size:
