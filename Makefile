@@ -1,6 +1,6 @@
 # make demo   set up .venv and run the main job: SFT, DPO and GRPO of a small model, with scores and samples after each
 # make test   set up .venv, lint, and run the tests
-# make bench  set up .venv and measure every op and the SFT loop against its peers
+# make bench  set up .venv, measure every op and step, say what moved since the committed run, and compare with peers
 # make gpu    on a machine with a CUDA GPU: build, GPU tests, benchmarks; results as JSON in $OUT or bench/results
 
 TORCH := torch==2.13.0
@@ -37,7 +37,8 @@ test: lint
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 bench: install
-	$(BIN)/python -m pytest bench
+	$(BIN)/posttrain bench
+	$(BIN)/python -m pytest bench -k "not test_case"
 
 # Without .venv (a GPU machine whose own python has torch), the package is built for that python.
 gpu:

@@ -1,27 +1,27 @@
-"""linear_logprob against the bare GEMM of its logits and against its peers: time and memory.
+"""linear_logprob against the bare GEMM of its logits and against its peers: time and memory, with targets.
 
-On a CPU float32 with N=4096, H=1024, V=65536; on a GPU bfloat16 with N=8192, H=4096, V=151936. Peers with their best
-settings:
+On a CPU float32 with N=4096, H=1024, V=65536; on a GPU bfloat16 with N=8192, H=4096, V=151936. The peers are those of
+`posttrain bench linear_logprob`, whose cases this file runs as well, and
 
-    posttrain     linear_logprob as it comes; "cached" with a memory budget that holds the logits
-    plain         log_softmax of the whole logits, gathered
-    torch lce     torch.nn.functional.linear_cross_entropy, as is and chunked (LinearCrossEntropyOptions())
-    trl           TRL's ChunkedLogProbFunction with its own chunk size and only the log-probabilities asked for
-    cce torch     cut-cross-entropy's path without Triton, impl="torch_compile"
-    cce, liger    on a GPU: cut-cross-entropy's Triton kernel, and Liger's fused linear cross entropy
+    posttrain cached    with a memory budget that holds the logits
+    torch whole         torch.nn.functional.linear_cross_entropy as it comes, which computes the whole logits
 """
 
 import sys
-from importlib.util import find_spec
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from posttrain.bench import peers
+from posttrain.bench.cases.logprob import ours, plain
 from posttrain.bench.interleave import interleave
-from posttrain.bench.memory import peak_bytes
+from posttrain.bench.memory import peak_bytes, peak_of
+from posttrain.bench.suite import pytest_generate_tests, test_case
 from posttrain.ops import linear_logprob
 
+__all__ = ["pytest_generate_tests", "test_case"]
+OPS = ("linear_logprob",)
 GPU = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if GPU else ("cpu", torch.float32)
 N, H, V = (8192, 4096, 151936) if GPU else (4096, 1024, 65536)
@@ -32,79 +32,29 @@ EXTRA_MEGABYTES = {"forward": 64, "frozen": 500, "trainable": 1600} if GPU else 
 MEGABYTE = 1 << 20
 
 
-def plain(x, weight, y):
-    """-mean log-probability through the whole logits."""
-    return -F.linear(x, weight).log_softmax(-1).gather(-1, y.unsqueeze(-1)).mean()
+def cached(x, weight, y):
+    """With room to keep the logits for the backward, as the peers do that are not chunked."""
+    return -linear_logprob(x, weight, y, memory_budget=2 << 30).logprob.sum()
 
 
-def posttrain(x, weight, y):
-    """The same through linear_logprob."""
-    return -linear_logprob(x, weight, y).logprob.mean()
+def torch_whole(x, weight, y):
+    """PyTorch's own fused op."""
+    return F.linear_cross_entropy(x, weight, y, reduction="sum")
 
 
-def posttrain_cached(x, weight, y):
-    """The same with room to keep the logits for the backward, as the peers do that are not chunked."""
-    return -linear_logprob(x, weight, y, memory_budget=2 << 30).logprob.mean()
-
-
-def torch_lce(x, weight, y):
-    """The same through PyTorch's own fused op, which by default computes the whole logits."""
-    return F.linear_cross_entropy(x, weight, y)
-
-
-def torch_lce_chunked(x, weight, y):
-    """The same, chunked as PyTorch finds best."""
-    return F.linear_cross_entropy(x, weight, y, options=torch.nn.LinearCrossEntropyOptions())
-
-
-def trl(x, weight, y):
-    """The same through TRL."""
-    from trl.kernels import ChunkedLogProbFunction
-
-    return -ChunkedLogProbFunction.apply(x, weight, None, y, 1.0, 32768, None, 1.0, ())[0].mean()
-
-
-def cce_torch(x, weight, y):
-    """The same through cut-cross-entropy without Triton."""
-    from cut_cross_entropy import linear_cross_entropy
-
-    return linear_cross_entropy(x, weight, y, impl="torch_compile")
-
-
-def cce(x, weight, y):
-    """The same through cut-cross-entropy's Triton kernel."""
-    from cut_cross_entropy import linear_cross_entropy
-
-    return linear_cross_entropy(x, weight, y)
-
-
-def liger(x, weight, y):
-    """The same through Liger."""
-    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
-
-    return liger_fused_linear_cross_entropy(x, weight, y)
-
-
-LOSSES = {
-    "posttrain": posttrain,
-    "posttrain cached": posttrain_cached,
-    "plain": plain,
-    "torch lce": torch_lce,
-    "torch lce chunked": torch_lce_chunked,
-    "trl": trl,
-    "cce torch": cce_torch,
-}
-if GPU:
-    LOSSES |= {"cce": cce, "liger": liger}
-MISSING = {
-    "torch lce": not hasattr(F, "linear_cross_entropy"),
-    "torch lce chunked": not hasattr(torch.nn, "LinearCrossEntropyOptions"),
-    "trl": find_spec("trl") is None,
-    "cce torch": find_spec("cut_cross_entropy") is None,
-    "cce": find_spec("cut_cross_entropy") is None,
-    "liger": find_spec("liger_kernel") is None,
-}
-LOSSES = {name: loss for name, loss in LOSSES.items() if not MISSING.get(name)}
+LOSSES = {"posttrain": ours, "posttrain cached": cached, "plain": plain}
+if hasattr(F, "linear_cross_entropy"):
+    LOSSES["torch whole"] = torch_whole
+for _name, _maker in {
+    "torch chunked": peers.torch_linear_cross_entropy,
+    "trl": peers.trl_logprob,
+    "cce": peers.cut_cross_entropy,
+    "liger": peers.liger_linear_cross_entropy,
+}.items():
+    try:
+        LOSSES[_name] = _maker(None)
+    except (ImportError, RuntimeError) as _error:
+        print(f"{_name}: {_error}")
 
 
 def problem(n=N, h=H, v=V, mode="forward"):
@@ -130,7 +80,9 @@ def test_time(mode, publish):
     x, weight, y = problem(mode=mode)
     truth = step(plain, *problem(256, H, V, mode))
     for name, loss in LOSSES.items():
-        torch.testing.assert_close(step(loss, *problem(256, H, V, mode)).to(DTYPE), truth, msg=f"{name} is wrong")
+        torch.testing.assert_close(
+            step(loss, *problem(256, H, V, mode)), truth, msg=f"{name} is wrong", check_dtype=False
+        )
     logits = torch.empty(N, V, device=DEVICE, dtype=DTYPE)
     functions = {"bare GEMM": lambda: torch.mm(x.detach(), weight.detach().T, out=logits)}
     functions |= {name: lambda loss=loss: step(loss, x, weight, y) for name, loss in LOSSES.items()}
@@ -146,22 +98,20 @@ def test_memory(mode, report):
     lines = [f"linear_logprob {mode}: peak memory beyond inputs, outputs and gradients (MB)"]
     gradients = {"forward": 0, "frozen": N * H, "trainable": (N + V) * H}[mode] * DTYPE.itemsize
     extra = {}
-    for name, loss in LOSSES.items():
-        extra[name] = (_peak(loss, mode) - gradients) / MEGABYTE
+    for name in LOSSES:
+        extra[name] = (_peak(name, mode) - gradients) / MEGABYTE
         lines.append(f"  {name:<20} {extra[name]:>9.1f}")
     report(f"logprob-memory-{mode}", lines, extra_megabytes=extra)
     assert extra["posttrain"] <= EXTRA_MEGABYTES[mode]
 
 
-def _peak(loss, mode):
-    """Bytes that a step takes at most beyond its inputs."""
+def _peak(name, mode):
+    """Bytes that a step takes at most beyond its inputs; on a CPU in a process of its own."""
     if not GPU:
-        setup = f"import bench_logprob as b\nb.step(b.{loss.__name__}, *b.problem(256, 64, 512, {mode!r}))\n"
-        return peak_bytes(f"{setup}inputs = b.problem(mode={mode!r})", f"b.step(b.{loss.__name__}, *inputs)")
+        call = f"b.step(b.LOSSES[{name!r}], "
+        setup = f"import bench_logprob as b\n{call}*b.problem(256, 64, 512, {mode!r}))\n"
+        return peak_bytes(f"{setup}inputs = b.problem(mode={mode!r})", f"{call}*inputs)")
     inputs = problem(mode=mode)
-    step(loss, *inputs)
+    step(LOSSES[name], *inputs)
     inputs[0].grad = inputs[1].grad = None
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    step(loss, *inputs)
-    return torch.cuda.max_memory_allocated() - before
+    return peak_of(lambda: step(LOSSES[name], *inputs))

@@ -13,7 +13,9 @@ import platform
 import re
 import shutil
 import subprocess
+from collections.abc import Iterable
 from datetime import UTC, datetime
+from fnmatch import fnmatch
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -67,6 +69,20 @@ def results_folder() -> Path:
         return Path(os.environ["OUT"])
     ours = _ROOT / "bench" / "results"
     return ours if os.access(ours, os.W_OK) else Path("bench/results")
+
+
+def earlier_run(suite: str) -> Path | None:
+    """The newest run of this suite on this device: of those that are committed, if we are in a checkout."""
+    folder = device_folder()
+    tracked = _git("ls-files", str(folder.resolve()))
+    files = [_ROOT / name for name in tracked.splitlines()] if tracked else list(folder.glob("*.json"))
+    return newest([path for path in files if path.exists()], suite)
+
+
+def newest(files: Iterable[Path], suite: str = "*") -> Path | None:
+    """The newest file of a run of this suite, by the date that its name begins with."""
+    runs = [path for path in files if fnmatch(path.name, f"[0-9][0-9][0-9][0-9]-*-{suite}.json")]
+    return max(runs, key=lambda path: path.name, default=None)
 
 
 def circumstances() -> dict[str, Any]:

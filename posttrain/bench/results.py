@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from posttrain.bench.interleave import Spread
+from posttrain.bench.record import newest
 
 
 class ResultError(ValueError):
@@ -67,10 +68,10 @@ def read(name: str | Path) -> Run:
     if not path.exists():
         raise ResultError(f"{path}: no such file or folder")
     if path.is_dir():
-        newest = newest_in(path)
-        if newest is None:
+        found = newest(path.glob("*.json"))
+        if found is None:
             raise ResultError(f"{path}: no results of posttrain bench in this folder")
-        path = newest
+        path = found
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
@@ -79,11 +80,6 @@ def read(name: str | Path) -> Run:
         return _run(path, content) if "benchmarks" in content else _comparison(path, content)
     except (KeyError, TypeError, AttributeError) as error:
         raise ResultError(f"{path}: not a result of posttrain bench: {type(error).__name__} {error}") from error
-
-
-def newest_in(folder: Path, suite: str = "*") -> Path | None:
-    """The newest file of a run in a device's folder, by the date that its name begins with."""
-    return max(folder.glob(f"[0-9][0-9][0-9][0-9]-*-{suite}.json"), key=lambda path: path.name, default=None)
 
 
 def _run(path: Path, content: dict[str, Any]) -> Run:

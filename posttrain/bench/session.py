@@ -16,8 +16,8 @@ from posttrain.bench.cases import CASES
 from posttrain.bench.compare import compare
 from posttrain.bench.device import GPU, Roofline, measure_roofline
 from posttrain.bench.measure import OURS, PLAIN, NotMeasured, Table, measure
-from posttrain.bench.record import circumstances, device_folder, run_file
-from posttrain.bench.results import newest_in, read
+from posttrain.bench.record import circumstances, earlier_run, run_file
+from posttrain.bench.results import read
 from posttrain.bench.shapes import SUITES
 
 _HEAD = f"{'':<28}{'ms':>10}{'p20':>10}{'p80':>10}{'speed':>8}{'TFLOP/s':>9}{'GB/s':>8}{'roof':>6}{'error':>9}{'MB':>9}"
@@ -167,7 +167,7 @@ class Session:
         if not benchmarks.json and any(_is_ours(item.nodeid) for item in session.items):
             self.path = run_file(self.selection.suite, self.selection.out)
             benchmarks.json = str(self.path)
-            self._before = newest_in(device_folder(), self.selection.suite)
+            self._before = earlier_run(self.selection.suite)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_benchmark_generate_machine_info(self) -> dict[str, Any]:

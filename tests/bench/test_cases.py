@@ -4,8 +4,9 @@ from dataclasses import replace
 from functools import partial
 
 import pytest
+import torch
 
-from posttrain.bench.cases import CASES
+from posttrain.bench.cases import CASES, attention
 from posttrain.bench.interleave import alternate
 from posttrain.bench.measure import OURS, PLAIN, measure
 from posttrain.bench.shapes import MODELS, SUITES, ModelShape, Suite
@@ -45,3 +46,15 @@ def test_ours_and_plain_agree(op, monkeypatch):
         assert tuple(tables) == case.passes
         assert all({OURS, PLAIN} <= set(table.columns) for table in tables.values())
         assert all(table.flops > 0 or table.moved > 0 for table in tables.values())
+
+
+def test_the_truth_of_a_gpu_goes_head_by_head(monkeypatch):
+    q, k, v = (torch.randn(2, 9, heads, 8, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2))
+    whole = attention.sdpa(q, k, v)
+    monkeypatch.setattr(attention, "GPU", True)
+    by_head = attention._plain(q, k, v)
+    torch.testing.assert_close(by_head, whole)
+    incoming = torch.randn_like(whole)
+    torch.testing.assert_close(
+        torch.autograd.grad(by_head, (q, k, v), incoming), torch.autograd.grad(whole, (q, k, v), incoming)
+    )

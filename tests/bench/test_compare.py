@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from posttrain.bench.compare import compare
-from posttrain.bench.results import ResultError, newest_in, read
+from posttrain.bench.record import newest
+from posttrain.bench.results import ResultError, read
 from posttrain.cli import main
 
 _COMMITTED = Path(__file__).parents[2] / "bench" / "results"
@@ -71,7 +72,7 @@ def test_the_newest_run_of_a_folder_is_read(tmp_path):
         write(tmp_path / f"{name}.json", {"one": (speed, speed, speed)})
     write(tmp_path / "2026-03-01T00-00-00-abc-full.json", {"one": (3.0, 3.0, 3.0)})
     assert [figure.speed.median for figure in read(tmp_path).figures.values()] == [3.0]
-    assert newest_in(tmp_path, "quick") == tmp_path / "2026-02-01T00-00-00-abc-quick.json"
+    assert newest(tmp_path.glob("*"), "quick") == tmp_path / "2026-02-01T00-00-00-abc-quick.json"
 
 
 def test_committed_results_are_readable():

@@ -108,10 +108,12 @@ def _draw(vocabulary: int, top_k: int, top_p: float) -> Problem:
         return tokens[:, 0], logits.log_softmax(-1).gather(-1, tokens)[:, 0]
 
     def checked(wide: Arguments, result: tuple[Tensor, Tensor]) -> list[Tensor]:
-        """Each logprob less the true one of its token, where the filters leave the token."""
+        """Each logprob less the true one of its token, if that is as large as the smallest that the filters leave."""
         tokens, logprobs = result
         (true,) = wide
-        left = _filtered(true, top_k, top_p).gather(-1, tokens[:, None])[:, 0].isfinite()
+        kept = _filtered(true, top_k, top_p)
+        lowest = kept.masked_fill(kept.isinf(), torch.inf).amin(-1)
+        left = true.gather(-1, tokens[:, None])[:, 0] >= lowest
         off = logprobs - true.log_softmax(-1).gather(-1, tokens[:, None])[:, 0].to(logprobs.dtype)
         return [torch.where(left, off, torch.inf)]
 
