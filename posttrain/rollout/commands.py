@@ -6,6 +6,8 @@ from typing import Any
 
 from posttrain.train.config import ConfigError
 
+_DRAWS = ("n", "seed", "max_tokens", "temperature", "top_k", "top_p", "min_p", "stop")
+
 
 def add_commands(commands: Any) -> None:
     """Add both to the parsers of `posttrain`."""
@@ -53,7 +55,7 @@ def _generate(options: argparse.Namespace) -> int:
         for index, row in enumerate(rows):
             check_row(row, rows.where(index))
         prompts = [_prompt(row, rows.where(index)) for index, row in enumerate(rows)]
-        results = Results(Path(options.out), prompts, params.n)
+        results = Results(Path(options.out), prompts, _settings(options))
     except DataError as error:
         raise ConfigError(str(error)) from error
     with results:
@@ -72,6 +74,13 @@ def _generate(options: argparse.Namespace) -> int:
                 raise ConfigError(str(error)) from error
     print(f"{len(results.done) - before} prompts done, {before} were done before; in {options.out}")
     return 0
+
+
+def _settings(options: argparse.Namespace) -> dict[str, Any]:
+    """What completions depend on besides their prompts."""
+    model = Path(options.model)
+    known = {name: getattr(options, name) for name in ("dtype", *_DRAWS)}
+    return {"model": str(model.resolve()) if model.exists() else options.model, **known}
 
 
 def _chat(options: argparse.Namespace) -> int:
@@ -103,9 +112,8 @@ def _chat(options: argparse.Namespace) -> int:
 def _params(options: argparse.Namespace) -> Any:
     from posttrain.rollout.params import SamplingParams
 
-    names = ("n", "seed", "max_tokens", "temperature", "top_k", "top_p", "min_p", "stop")
     try:
-        return SamplingParams(**{name: getattr(options, name) for name in names})
+        return SamplingParams(**{name: getattr(options, name) for name in _DRAWS})
     except ValueError as error:
         raise ConfigError(str(error)) from error
 

@@ -17,7 +17,7 @@ from posttrain.rollout.pages import PagePool
 from posttrain.rollout.params import Completion, Piece, SamplingParams
 from posttrain.rollout.plain import PlainRunner
 from posttrain.rollout.progress import show
-from posttrain.rollout.prompts import check_tokens, encode, encode_all
+from posttrain.rollout.prompts import check_tokens, encode, encode_all, encode_text
 from posttrain.rollout.scheduler import Scheduler
 from posttrain.rollout.scoring import score
 from posttrain.rollout.sequence import Sequence as Branch
@@ -232,7 +232,7 @@ class Engine:
         if isinstance(completion, Completion):
             tokens = completion.token_ids
         elif isinstance(completion, str):
-            tokens = self.tokenizer(completion, add_special_tokens=False)["input_ids"]
+            tokens = encode_text(self.tokenizer, completion, name, add_special_tokens=False)
         else:
             return encode(self.tokenizer, completion, name, self._size) if len(completion) else []
         check_tokens(tokens, name, self._size)

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from posttrain.data.values import is_unicode
+
 
 def encode(tokenizer: Any, prompt: Any, name: str, size: int) -> list[int]:
     """Token ids of a prompt: a text, token ids, or the messages of a chat, whose answer is to be generated.
@@ -14,7 +16,7 @@ def encode(tokenizer: Any, prompt: Any, name: str, size: int) -> list[int]:
     `ValueError`, which calls the prompt `name`.
     """
     if isinstance(prompt, str):
-        ids = tokenizer(prompt, return_attention_mask=False)["input_ids"]
+        ids = encode_text(tokenizer, prompt, name, return_attention_mask=False)
     elif _is_chat(prompt):
         ids = _encode_chat(tokenizer, prompt, name)
     else:
@@ -25,6 +27,17 @@ def encode(tokenizer: Any, prompt: Any, name: str, size: int) -> list[int]:
         ids = [tokenizer.bos_token_id]
     check_tokens(ids, name, size)
     return list(ids)
+
+
+def encode_text(tokenizer: Any, text: str, name: str, **options: Any) -> list[int]:
+    """Token ids of a text. Raises `ValueError`, which calls it `name`, for one that isn't Unicode."""
+    _check_text(text, name)
+    return tokenizer(text, **options)["input_ids"]
+
+
+def _check_text(text: str, name: str) -> None:
+    if not is_unicode(text):
+        raise ValueError(f"{name} holds half of a surrogate pair, which no tokenizer can read")
 
 
 def check_tokens(ids: Sequence[int], name: str, size: int) -> None:
@@ -55,6 +68,10 @@ def _encode_chat(tokenizer: Any, messages: Any, name: str) -> list[int]:
 
     if not tokenizer.chat_template:
         raise ValueError(f"{name} is a chat, and the tokenizer has no chat template")
+    for number, message in enumerate(messages):
+        for text in message.values() if isinstance(message, dict) else ():
+            if isinstance(text, str):
+                _check_text(text, f"message {number} of {name}")
     try:
         return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
     except (TemplateError, TypeError, KeyError) as error:
@@ -63,6 +80,8 @@ def _encode_chat(tokenizer: Any, messages: Any, name: str) -> list[int]:
 
 def _token_ids(prompt: Any, name: str) -> list[int]:
     ids = prompt.tolist() if hasattr(prompt, "tolist") else prompt
+    if isinstance(ids, list) and all(type(token) is int for token in ids):  # the others are slow to look at
+        return ids
     if not isinstance(ids, Sequence) or any(not isinstance(token, Integral) for token in ids):
         raise ValueError(f"{name} must be a text, a list of token ids or a list of messages, got {prompt!r:.80}")
     return [int(token) for token in ids]

@@ -14,7 +14,7 @@ from posttrain.data.rows import DataError
 from posttrain.data.values import first_line
 from posttrain.rollout.params import Completion
 
-_OWN = ("index", "completions")  # names of a line that no column of a row may have
+_OWN = ("index", "generated_by", "completions")  # names of a line that no column of a row may have
 
 
 def check_row(row: Any, where: str) -> None:
@@ -36,23 +36,24 @@ class Results:
     Args:
         path: of the file, which may hold lines already.
         prompts: what the lines are about, by their index.
-        n: completions of each.
+        settings: what else the completions depend on, by name; every line holds it.
 
     Attributes:
         done: indices of the prompts that have a line.
 
     Raises:
-        DataError: lines that aren't of these prompts, by their number; the file is left as it is.
+        DataError: lines that aren't of these prompts and settings, by their number; the file is left as it is.
     """
 
-    def __init__(self, path: Path, prompts: list[Any], n: int) -> None:
+    def __init__(self, path: Path, prompts: list[Any], settings: dict[str, Any]) -> None:
         self.done: set[int] = set()
+        self._settings = settings
         path.parent.mkdir(parents=True, exist_ok=True)
-        whole = self._read(path, prompts, n) if path.exists() else 0
+        whole = self._read(path, prompts) if path.exists() else 0
         self._file = path.open("ab")
         self._file.truncate(whole)
 
-    def _read(self, path: Path, prompts: list[Any], n: int) -> int:
+    def _read(self, path: Path, prompts: list[Any]) -> int:
         """Notes what is done; returns where the last whole line ends."""
         content = path.read_bytes()
         whole = content.rfind(b"\n") + 1
@@ -60,13 +61,15 @@ class Results:
             try:
                 row = json.loads(line)
                 index, same = row["index"], row["prompt"] == prompts[row["index"]]
-                count = len(row["completions"])
+                before = dict(row["generated_by"])
             except (ValueError, KeyError, TypeError, IndexError) as error:
                 raise DataError(f"{path}, line {number}: not a line of results for these prompts") from error
             if not same or index in self.done:
                 raise DataError(f"{path}, line {number}: has results for other prompts; write to another file")
-            if count != n:
-                raise DataError(f"{path}, line {number}: has {count} completions, not {n}; write to another file")
+            for name, value in self._settings.items():
+                if name not in before or before[name] != value:
+                    had = repr(before[name]) if name in before else "not there"
+                    raise DataError(f"{path}, line {number}: {name} was {had}, now {value!r}; write to another file")
             self.done.add(index)
         return whole
 
@@ -76,6 +79,7 @@ class Results:
             "index": index,
             "prompt": prompt,
             **{name: value for name, value in columns.items() if name != "prompt"},
+            "generated_by": self._settings,
             "completions": [
                 {
                     "text": completion.text,

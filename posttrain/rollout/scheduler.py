@@ -59,8 +59,8 @@ class Scheduler:
         waiting: sequences that aren't in a step yet, or no longer.
         running: the others, in the order in which they joined.
         preempted: how often a sequence had to give its pages up.
-        shared_tokens: tokens of prompts that were found in the cache.
-        prompt_tokens: all tokens of prompts.
+        prompt_tokens: of the prompts of all samples.
+        shared_tokens: those of them that weren't computed for the sample: found in the cache, or another sample's.
     """
 
     def __init__(
@@ -126,6 +126,7 @@ class Scheduler:
     def split(self, sequence: Sequence, twins: Iterable[Sequence]) -> None:
         """`twins` go on from the pages of `sequence`."""
         for twin in reversed(list(twins)):
+            self._count_prompt(twin, sequence.start)
             for page in sequence.pages:
                 self._pool.hold(page)
             twin.pages = sequence.pages.copy()
@@ -213,7 +214,7 @@ class Scheduler:
         self.waiting.extendleft(reversed(passed))
 
     def _count_prompt(self, sequence: Sequence, found: int) -> None:
-        """Once for each prompt: how many of its tokens were found in the cache when it first joined."""
+        """Once for each sample: how many tokens of its prompt were there when it first joined."""
         if not sequence.drawn and sequence not in self._counted:
             self._counted.add(sequence)
             self.shared_tokens += min(found, sequence.start)

@@ -12,8 +12,8 @@ class Stats:
     """Of one call.
 
     Attributes:
-        prompt_tokens: of all prompts, each prompt counted once.
-        shared_tokens: those of them that were found in the cache.
+        prompt_tokens: of the prompts of all samples.
+        shared_tokens: those of them that weren't computed for the sample: found in the cache, or another sample's.
         prefill_tokens: computed in steps with pieces of prompts, tokens drawn there included.
         decode_tokens: computed in the other steps.
         prefill_seconds: of the steps with pieces of prompts.

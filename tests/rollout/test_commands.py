@@ -1,6 +1,7 @@
 """`posttrain generate` and `posttrain chat`: what they write, and how a run that was stopped goes on."""
 
 import json
+import shutil
 from datetime import date
 
 import pytest
@@ -70,8 +71,13 @@ def test_results_of_something_else(folder, prompts, tmp_path, capsys):
     generate(folder, prompts, out)
     before = out.read_bytes()
     capsys.readouterr()
-    assert generate(folder, prompts, out, "--n", "3") == 2
-    assert "out.jsonl, line 1: has 2 completions, not 3; write to another file" in capsys.readouterr().err
+    for name, now, was in (("n", "3", "2"), ("seed", "1", "0"), ("top_p", "0.5", "1.0"), ("stop", "x", "[]")):
+        assert generate(folder, prompts, out, f"--{name.replace('_', '-')}", now) == 2
+        error = capsys.readouterr().err
+        assert f"out.jsonl, line 1: {name} was {was}, now " in error and error.count("\n") == 1
+    moved = shutil.copytree(folder, tmp_path / "moved")
+    assert generate(moved, prompts, out) == 2
+    assert f"model was '{folder}', now '{moved}'; write to another file" in capsys.readouterr().err
     other = tmp_path / "other.jsonl"
     other.write_text(json.dumps({"prompt": "something else"}) + "\n")
     assert generate(folder, other, out) == 2
@@ -85,6 +91,7 @@ def test_results_of_something_else(folder, prompts, tmp_path, capsys):
         ({"text": "a"}, "line 1: no column 'prompt' or 'messages', only 'text'"),
         ({"prompt": 3}, "line 1: column 'prompt' must be a text or a list of messages, got 3"),
         ({"prompt": "a", "index": 7}, "line 1: column 'index' has the name of something in the results; rename it"),
+        ({"prompt": "a", "generated_by": "b"}, "line 1: column 'generated_by' has the name of something"),
         ({"prompt": "a", "completions": "b"}, "line 1: column 'completions' has the name of something in the results"),
         ({"prompt": "a", "x": float("nan")}, "line 1: column 'x' can't be written as JSON: Out of range float values"),
         ({"prompt": "a", "x": ["\ud800"]}, "line 1: column 'x' can't be written as JSON: 'utf-8' codec can't encode"),

@@ -37,6 +37,8 @@ def test_beginning_of_sequence(make_engine, tokenizer, monkeypatch):
         ([[1], None], "prompt 1 must be a text"),
         ([[1], [5] * 257], "prompt 1 has 257 tokens, more than the 256 of the context"),
         ([[{"content": 3}]], "the chat template rejects prompt 0"),
+        ([[1], "a\ud800"], "prompt 1 holds half of a surrogate pair, which no tokenizer can read"),
+        ([[{"role": "user", "content": "\udc00"}]], "message 0 of prompt 0 holds half of a surrogate pair"),
     ],
 )
 def test_prompts_that_cannot_be_used(prompts, problem, engine):
@@ -316,6 +318,10 @@ def test_prompts_are_counted_once(make_engine):
     engine.generate([[n, *[5] * 19] for n in range(2, 18)], SamplingParams(max_tokens=30, ignore_eos=True, seed=0))
     assert engine.stats.preempted > 0
     assert engine.stats.prompt_tokens == 16 * 20
+    engine = make_engine(max_sequences=3)
+    engine.generate([[5] * 20, [6] * 9], SamplingParams(n=4, max_tokens=5, ignore_eos=True))
+    assert (engine.stats.prompt_tokens, engine.stats.shared_tokens) == (4 * 29, 3 * 29)
+    assert engine.stats.metrics["rollout/shared_prefix_rate"] == 3 / 4
 
 
 def test_nothing_stays_after_release(make_engine, tokenizer):
