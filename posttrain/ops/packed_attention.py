@@ -18,13 +18,12 @@ Saved for the backward: q, k, v, o and lse; the scores are computed again. A key
 k <= q < visible_until[k] in a fixed order: no copies of k and v for each branch, no atomics, the same bits every time.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
 from posttrain import _C
 from posttrain.ops import packed_flash, reference
+from posttrain.ops.attention_options import ScoreOptions, score_options
 from posttrain.ops.backend import backend_for
 from posttrain.ops.layout import PackedLayout
 from posttrain.ops.library import define
@@ -63,27 +62,20 @@ def packed_attention(
         ValueError: shapes, dtypes or devices that don't fit, with the numbers; with the backend "flash-attn" also what
             `packed_flash` names.
     """
-    _check(q, k, v, layout, window, softcap, sinks)
+    _check(q, k, v, layout)
+    options = score_options("packed_attention", q, scale, window, softcap, sinks)
     backend = backend_for("packed_attention", q)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    window = None if window is None else min(window, 2**31 - 1)  # the largest int32, as all positions are
+    optional = options.scale, options.window or None, options.softcap or None
     if backend == "reference":
+        scale, window, softcap = optional
         return reference.packed_attention(q, k, v, layout, scale=scale, window=window, softcap=softcap, sinks=sinks)
     if backend == "flash-attn":
-        return packed_flash.packed_flash(q, k, v, layout, scale, window, softcap, sinks)
+        return packed_flash.packed_flash(q, k, v, layout, *optional, sinks)
     mask = layout.visible_until, layout.positions, layout.schedule if backend == "triton" else None
-    return _packed_attention(q, k, v, *mask, sinks, scale, window or 0, softcap or 0.0, backend)[0]
+    return _packed_attention(q, k, v, *mask, sinks, *options, backend)[0]
 
 
-def _check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    layout: PackedLayout,
-    window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout) -> None:
     shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
     if not q.ndim == k.ndim == v.ndim == 3 or k.shape[:2] != v.shape[:2] or q.shape[2] != k.shape[2]:
         raise ValueError(f"packed_attention: needs q [T, Hq, D], k [T, Hkv, D] and v [T, Hkv, Dv]; got {shapes}")
@@ -101,15 +93,6 @@ def _check(
         raise ValueError(
             f"packed_attention: q is on {q.device}, k on {k.device}, v on {v.device}, "
             f"the layout on {layout.visible_until.device}"
-        )
-    if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
-        raise ValueError(f"packed_attention: window must be an integer of at least 1, got {window!r}")
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"packed_attention: softcap must be positive and finite, got {softcap}")
-    if sinks is not None and (sinks.shape != q.shape[1:2] or not sinks.is_floating_point() or sinks.device != q.device):
-        raise ValueError(
-            f"packed_attention: sinks must be [{q.shape[1]}], floating, on {q.device}; "
-            f"got {list(sinks.shape)} {sinks.dtype} on {sinks.device}"
         )
 
 
@@ -135,7 +118,7 @@ def _forward(
         from posttrain.kernels.packed_attention import packed_attention_forward
 
         return packed_attention_forward(q, k, v, visible_until, positions, schedule, sinks, scale, window, softcap)
-    return _cpu_forward(q, k, v, visible_until, positions, sinks, scale, window, softcap)
+    return _cpu_forward(q, k, v, visible_until, positions, sinks, ScoreOptions(scale, window, softcap))
 
 
 def _fake(q, k, v, visible_until, positions, schedule, sinks, scale, window, softcap, backend):
@@ -187,7 +170,8 @@ def _gradient(
         return packed_attention_backward(
             grad_out, q, k, v, visible_until, positions, schedule, out, lse, scale, window, softcap
         )
-    return _cpu_backward(grad_out, q, k, v, visible_until, positions, out, lse, scale, window, softcap)
+    options = ScoreOptions(scale, window, softcap)
+    return _cpu_backward(grad_out, q, k, v, visible_until, positions, out, lse, options)
 
 
 def _fake_gradient(grad_out, q, k, v, visible_until, positions, schedule, out, lse, scale, window, softcap, backend):
@@ -199,7 +183,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _cpu_forward(q, k, v, visible_until, positions, sinks, scale, window, softcap):
+def _cpu_forward(q, k, v, visible_until, positions, sinks, options):
     dtype = _wide(q.dtype)
     lse = q.new_empty(q.shape[1], len(q), dtype=torch.float64)
     out = q.new_empty(len(q), q.shape[1], v.shape[2], dtype=dtype)
@@ -214,7 +198,7 @@ def _cpu_forward(q, k, v, visible_until, positions, sinks, scale, window, softca
         0 if sinks is None else sinks.data_ptr(),
         len(q),
         _shape(q, k, v),
-        (scale, softcap, window),
+        (options.scale, options.softcap, options.window),
         out.data_ptr(),
         lse.data_ptr(),
         workspace.data_ptr(),
@@ -223,7 +207,7 @@ def _cpu_forward(q, k, v, visible_until, positions, sinks, scale, window, softca
     return out.to(q.dtype), lse
 
 
-def _cpu_backward(grad_out, q, k, v, visible_until, positions, out, lse, scale, window, softcap):
+def _cpu_backward(grad_out, q, k, v, visible_until, positions, out, lse, options):
     dtype = _wide(q.dtype)
     views = [_readable(x, dtype) for x in (q, k, v, grad_out)]
     mask = [x.contiguous() for x in (visible_until, positions)]
@@ -237,7 +221,7 @@ def _cpu_backward(grad_out, q, k, v, visible_until, positions, out, lse, scale, 
         *(x.data_ptr() for x in mask),
         len(q),
         _shape(q, k, v),
-        (scale, softcap, window),
+        (options.scale, options.softcap, options.window),
         out.data_ptr(),
         lse.data_ptr(),
         _view(views[3]),

@@ -12,13 +12,12 @@ q - k < window) and one softmax for each query,
 as in packed_attention.py. Nothing here has a gradient.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
 from posttrain import _C
 from posttrain.ops import reference
+from posttrain.ops.attention_options import ScoreOptions, score_options
 from posttrain.ops.backend import CUDA_DTYPES, backend_for, cuda_device, cuda_kernels, cuda_stream
 from posttrain.ops.library import define
 
@@ -66,17 +65,17 @@ def paged_attention(
             "triton" and "cuda" heads over 256 wide, with "cuda" also keys that don't start at 16 bytes; and, for
             tensors on the CPU (a GPU would have to wait), lengths beyond the table and pages that don't exist.
     """
-    _check(q, key_cache, value_cache, block_table, context_lens, query_lens, window, softcap, sinks)
-    backend = backend_for("paged_attention", q)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
     tables = block_table, context_lens, query_lens
+    _check(q, key_cache, value_cache, *tables, sinks)
+    options = score_options("paged_attention", q, scale, window, softcap, sinks)
+    backend = backend_for("paged_attention", q)
     if backend == "reference":
         _check_pages(q, key_cache, *tables)
+        window, softcap = options.window or None, options.softcap or None
         return reference.paged_attention(
-            q, key_cache, value_cache, *tables, scale=scale, window=window, softcap=softcap, sinks=sinks
+            q, key_cache, value_cache, *tables, scale=options.scale, window=window, softcap=softcap, sinks=sinks
         )
-    window = 0 if window is None else min(window, 2**31 - 1)  # the largest int32, as all positions are
-    return _paged_attention(q, key_cache, value_cache, *tables, sinks, scale, window, softcap or 0.0, backend)
+    return _paged_attention(q, key_cache, value_cache, *tables, sinks, *options, backend)
 
 
 def write_cache(k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor) -> None:
@@ -103,8 +102,6 @@ def _check(
     block_table: Tensor,
     context_lens: Tensor,
     query_lens: Tensor | None,
-    window: int | None,
-    softcap: float | None,
     sinks: Tensor | None,
 ) -> None:
     shapes = f"q {list(q.shape)}, key_cache {list(key_cache.shape)}, value_cache {list(value_cache.shape)}"
@@ -141,15 +138,6 @@ def _check(
         raise ValueError(f"paged_attention: the tensors are on several devices, {', '.join(sorted(devices))}")
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, key_cache, value_cache, sinks)):
         raise ValueError("paged_attention: has no gradient; call it under torch.no_grad()")
-    if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
-        raise ValueError(f"paged_attention: window must be an integer of at least 1, got {window!r}")
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"paged_attention: softcap must be positive and finite, got {softcap}")
-    if sinks is not None and (sinks.shape != q.shape[1:2] or not sinks.is_floating_point() or sinks.device != q.device):
-        raise ValueError(
-            f"paged_attention: sinks must be [{q.shape[1]}], floating, on {q.device}; "
-            f"got {list(sinks.shape)} {sinks.dtype} on {sinks.device}"
-        )
 
 
 def check_write(k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor) -> None:
@@ -189,17 +177,18 @@ def _forward(
     backend: str,
 ) -> Tensor:
     """window and softcap are 0 for none."""
+    options = ScoreOptions(scale, window, softcap)
     _check_pages(q, key_cache, block_table, context_lens, query_lens)
     if backend == "triton":
         from posttrain.kernels.paged_attention import attend
 
-        return attend(q, key_cache, value_cache, block_table, context_lens, query_lens, sinks, scale, window, softcap)
+        return attend(q, key_cache, value_cache, block_table, context_lens, query_lens, sinks, *options)
     if backend == "cuda":
         tables = _by_query(len(q), block_table, context_lens, query_lens)
-        return _cuda_forward(q, key_cache, value_cache, *tables, sinks, scale, window, softcap)
+        return _cuda_forward(q, key_cache, value_cache, *tables, sinks, options)
     if q.dtype in (torch.bfloat16, torch.float16):
         key_cache, value_cache, block_table = _widened(key_cache, value_cache, block_table, context_lens)
-    return _cpu_forward(q, key_cache, value_cache, block_table, context_lens, query_lens, sinks, scale, window, softcap)
+    return _cpu_forward(q, key_cache, value_cache, block_table, context_lens, query_lens, sinks, options)
 
 
 def _fake(q, key_cache, value_cache, block_table, context_lens, query_lens, sinks, scale, window, softcap, backend):
@@ -247,9 +236,7 @@ def _cpu_forward(
     context_lens: Tensor,
     query_lens: Tensor | None,
     sinks: Tensor | None,
-    scale: float,
-    window: int,
-    softcap: float,
+    options: ScoreOptions,
 ) -> Tensor:
     wide = q.to(key_cache.dtype)
     out = torch.empty_like(wide, memory_format=torch.contiguous_format)
@@ -266,7 +253,7 @@ def _cpu_forward(
         tables,
         0 if sinks is None else sinks.data_ptr(),
         (wide.shape[1], key_cache.shape[2], wide.shape[2], key_cache.shape[1]),
-        (scale, softcap, window),
+        (options.scale, options.softcap, options.window),
         out.data_ptr(),
         workspace.data_ptr(),
         threads,
@@ -294,9 +281,7 @@ def _cuda_forward(
     block_table: Tensor,
     context_lens: Tensor,
     sinks: Tensor | None,
-    scale: float,
-    window: int,
-    softcap: float,
+    options: ScoreOptions,
 ) -> Tensor:
     """One query for each sequence."""
     _check_vectors(q, key_cache, value_cache)
@@ -322,7 +307,7 @@ def _cuda_forward(
             0 if sinks is None else sinks.data_ptr(),
             (part_out.data_ptr(), part_top.data_ptr(), part_total.data_ptr()),
             (tokens, heads, key_heads, width, page_size.bit_length() - 1, splits),
-            (scale, softcap, window),
+            (options.scale, options.softcap, options.window),
             out.data_ptr(),
         )
     return out
