@@ -17,7 +17,16 @@ constexpr int kPartThreads = 128, kRowThreads = 512;
 constexpr int kNoToken = 0x7fffffff;
 constexpr float kLog2E = 1.4426950408889634f;
 
-__device__ float exp_of(float z) { return exp2f(z * kLog2E); }
+// e^z to 2 ulp and |z| 2^-24; zero below 2^-126.
+__device__ float exp_of(float z) {
+  float power = z * kLog2E;
+#ifdef __CUDA_ARCH__
+  asm("ex2.approx.ftz.f32 %0, %0;" : "+f"(power));
+#else
+  power = exp2f(power);
+#endif
+  return power;
+}
 
 // log x to 2 ulp for normal x > 0, as in csrc/cpu/sample.cpp: x = m 2^e with m in [sqrt(1/2), sqrt(2)).
 __device__ float log_of(float x) {
@@ -119,20 +128,24 @@ struct Winner {
   float time = INFINITY;
   int token = kNoToken;
 
-  // Lets those of the sixteen that fit run.
+  // Lets those of the sixteen that fit run. As -log(u) >= 1 - u, most are known to be late without a logarithm: those
+  // that come after the first of the warp's other threads.
   template <class Fits>
   __device__ void race(const Held& held, uint64_t seed, uint64_t offset, Fits fits) {
+    float first = time;
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
       uint32_t words[4];
       philox(held.counter + c, seed, offset, words);
 #pragma unroll
       for (int w = 0; w < 4; ++w) {
-        const float z = held.z[w][c];
+        const float z = held.z[w][c], inverse_weight = exp_of(-z);
         const float u = (static_cast<float>(words[w] >> 9) + 0.5f) * (1.0f / (1 << 23));
-        const float own = -log_of(u) * exp_of(-z);
-        if (own < time && fits(z)) time = own, token = held.first + w * Held::kBetweenWords + c;
+        if (!((1.0f - u) * inverse_weight < first && fits(z))) continue;
+        const float own = -log_of(u) * inverse_weight;
+        if (own < first) first = time = own, token = held.first + w * Held::kBetweenWords + c;
       }
+      if (c < 3) first = reduce_warp(first, Minimum{});
     }
   }
 };
