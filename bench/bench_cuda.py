@@ -144,9 +144,84 @@ def packed_schedule() -> Race:
     )
 
 
+def sample() -> Race:
+    """A token for each of 32 sequences from the vocabulary of Qwen3, unfiltered."""
+    return _drawing("all", top_k=0, top_p=1.0)
+
+
+def sample_filtered() -> Race:
+    """The same with top_k 20 and top_p 0.95."""
+    return _drawing("top_k 20, top_p 0.95", top_k=20, top_p=0.95)
+
+
+def _drawing(title: str, top_k: int, top_p: float) -> Race:
+    rows, vocabulary = 32, 151936
+    seeds = torch.arange(rows, device=DEVICE)
+    numbers = {"temperature": 1.0, "top_k": top_k, "top_p": top_p, "min_p": 0.0}
+    parameters: dict[str, Any] = {name: torch.full((rows,), x, device=DEVICE) for name, x in numbers.items()}
+
+    def call(logits: Tensor) -> tuple[Tensor, Tensor]:
+        return ops.sample(logits, **parameters, seeds=seeds, offsets=seeds)
+
+    def plain(logits: Tensor) -> tuple[Tensor, Tensor]:
+        log_p = logits.float().log_softmax(-1)
+        tokens = torch.multinomial(log_p.exp(), 1)
+        return tokens, log_p.gather(-1, tokens)
+
+    sets = [(3 * randn(rows, vocabulary),) for _ in range(8)]
+    return Race(
+        f"sample {title} [{rows}, {vocabulary}]", call, None if top_k else plain, sets[0][0].nbytes, sets, "sample"
+    )
+
+
+def rms_norm() -> Race:
+    """The residual added and normed for 64 tokens of a decoding step."""
+    rows, width = 64, 4096
+    weight = randn(width)
+
+    def plain(x: Tensor, residual: Tensor) -> Tensor:
+        return torch.nn.functional.rms_norm(x + residual, (width,), weight, 1e-6)
+
+    sets = [(randn(rows, width), randn(rows, width)) for _ in range(CALLS)]
+    moved = 4 * sets[0][0].nbytes + weight.nbytes
+    return Race(
+        f"rms_norm with a residual [{rows}, {width}]",
+        lambda x, residual: ops.rms_norm(x, weight, 1e-6, residual),
+        plain,
+        moved,
+        sets,
+        "rms_norm",
+    )
+
+
+def rope_cache() -> Race:
+    """Queries, keys and values of 64 tokens of a decoding step; the sibling is `rope` in Triton and two copies."""
+    tokens, heads, key_heads, width = 64, 32, 8, 128
+    caches = [randn(tokens, 16, key_heads, width) for _ in range(2)]
+    cos, sin = randn(tokens, width), randn(tokens, width)
+    slots = 16 * torch.randperm(tokens, device=DEVICE) + 5
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return ops.rope_cache(q, k, v, cos, sin, *caches, slots)
+
+    sets = [tuple(randn(tokens, h, width) for h in (heads, key_heads, key_heads)) for _ in range(CALLS)]
+    moved = 2 * sum(x.nbytes for x in sets[0]) + cos.nbytes + sin.nbytes
+    return Race(f"rope_cache {tokens} tokens of {heads} and {key_heads} heads", call, None, moved, sets, "rope_cache")
+
+
 RACES = {
     race.__name__: race
-    for race in (linear_logprob, logprob_fold, paged_attention, paged_attention_shared, packed_schedule)
+    for race in (
+        linear_logprob,
+        logprob_fold,
+        paged_attention,
+        paged_attention_shared,
+        packed_schedule,
+        sample,
+        sample_filtered,
+        rms_norm,
+        rope_cache,
+    )
 }
 
 
