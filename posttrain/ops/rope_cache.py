@@ -40,11 +40,12 @@ def rope_cache(
     check_write(k, v, key_cache, value_cache, slots)
     if q.ndim != 3:
         raise ValueError(f"rope_cache: needs q [T, Hq, D], k and v [T, Hkv, D]; got q {list(q.shape)}")
-    if backend_for("rope_cache", q) != "cuda":
+    case = "" if key_cache.dtype == q.dtype else "caches of another dtype"
+    if backend_for("rope_cache", q, case) != "cuda":
         q, k = rope(q, k, cos, sin)
         write_cache(k, v, key_cache, value_cache, slots)
         return q
-    if key_cache.dtype != q.dtype:
+    if case:
         raise ValueError(f"rope_cache: with cuda the caches must have the dtype of q, {q.dtype}; got {key_cache.dtype}")
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, cos, sin)):
         raise ValueError("rope_cache: has no gradient; call it under torch.no_grad()")
