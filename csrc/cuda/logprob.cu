@@ -41,17 +41,36 @@ __device__ __forceinline__ void put_four(__nv_bfloat16* to, const float* x) {
   *reinterpret_cast<uint2*>(to) = *reinterpret_cast<const uint2*>(&v);
 }
 
-template <bool kCapped>
-__device__ __forceinline__ float transformed(float a, float bias, const LogitTransform& f) {
-  const float scaled = (a + bias) * f.scale;
-  return (kCapped ? f.softcap * tanhf(scaled / f.softcap) : scaled) * f.inverse_temperature;
-}
+// LogitTransform with its divisions done: z = (a + bias) inner, or outer tanh((a + bias) inner) under a cap.
+struct Transform {
+  float inner, outer, inverse_outer;
 
-// d cap(t) / dt from z: 1 - tanh^2.
-template <bool kCapped>
-__device__ __forceinline__ float slope(float z, const LogitTransform& f) {
-  const float th = kCapped ? z / (f.softcap * f.inverse_temperature) : 0.0f;
-  return 1.0f - th * th;
+  explicit Transform(LogitTransform f)
+      : inner(f.softcap == 0 ? f.scale * f.inverse_temperature : f.scale / f.softcap),
+        outer(f.softcap * f.inverse_temperature),
+        inverse_outer(1.0f / outer) {}
+
+  template <bool kCapped>
+  __device__ __forceinline__ float z(float a) const {
+    return kCapped ? outer * tanhf(a * inner) : a * inner;
+  }
+  // d cap(t) / dt from z: 1 - tanh^2.
+  template <bool kCapped>
+  __device__ __forceinline__ float slope(float z) const {
+    return kCapped ? 1.0f - (z * inverse_outer) * (z * inverse_outer) : 1.0f;
+  }
+};
+
+// e^x in two instructions; its error grows with |x|, to 1e-6 of the value at 16.
+__device__ __forceinline__ float quick_exp(float x) {
+  const float power = x * 1.44269504f;
+#ifdef __CUDA_ARCH__
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(power));
+  return y;
+#else
+  return exp2f(power);
+#endif
 }
 
 // What a thread holds of a row: four columns of every group.
@@ -71,7 +90,7 @@ __device__ __forceinline__ int target_element(int64_t target, int64_t first_colu
 // z of a row of raw logits, -inf beyond its end.
 template <bool kCapped>
 __device__ __forceinline__ void load_row(const float* row, const float* bias, int cols, bool aligned,
-                                         const LogitTransform& f, Part& z) {
+                                         const Transform& f, Part& z) {
 #pragma unroll
   for (int g = 0; g < kGroups; ++g) {
     const int j = column(4 * g);
@@ -81,11 +100,12 @@ __device__ __forceinline__ void load_row(const float* row, const float* bias, in
 #pragma unroll
   for (int g = 0; g < kGroups; ++g) {
     const int j = column(4 * g);
-    const float4 b = bias ? four(bias + j, cols - j, aligned) : float4{0, 0, 0, 0};
-    const float bs[4] = {b.x, b.y, b.z, b.w};
+    if (bias) {
+      const float4 b = four(bias + j, cols - j, aligned);
+      z[4 * g] += b.x, z[4 * g + 1] += b.y, z[4 * g + 2] += b.z, z[4 * g + 3] += b.w;
+    }
 #pragma unroll
-    for (int k = 0; k < 4; ++k)
-      z[4 * g + k] = j + k < cols ? transformed<kCapped>(z[4 * g + k], bs[k], f) : -INFINITY;
+    for (int k = 0; k < 4; ++k) z[4 * g + k] = j + k < cols ? f.z<kCapped>(z[4 * g + k]) : -INFINITY;
   }
 }
 
@@ -136,7 +156,7 @@ __device__ void rescale(float* row, int64_t width, float factor) {
 template <class T, bool kCapped>
 __global__ void __launch_bounds__(kThreads)
     fold_kernel(float* tile, int64_t stride, int cols, bool aligned, int64_t first_column,
-                const int64_t* targets, const float* bias, LogitTransform f, float* m, float* top, float* s, float* t,
+                const int64_t* targets, const float* bias, Transform f, float* m, float* top, float* s, float* t,
                 float* z_target, float* unit, int64_t width) {
   const int64_t i = blockIdx.x;
   const int y = target_element(targets[i], first_column, cols);
@@ -164,10 +184,10 @@ __global__ void __launch_bounds__(kThreads)
   float sum = 0.0f, weighted = 0.0f;
 #pragma unroll
   for (int e = 0; e < 4 * kGroups; ++e) {
-    const float x = expf(z[e] - reference);
+    const float x = quick_exp(z[e] - reference);
     sum += x;
     if (x > 0.0f) weighted += x * (z[e] - reference);
-    z[e] = x > 0.0f ? x * slope<kCapped>(z[e], f) : x;
+    z[e] = x > 0.0f ? x * f.slope<kCapped>(z[e]) : x;
   }
   if (unit) store_row<T>(tile + i * stride, cols, aligned, z);
   weighted = reduce_warp(weighted, Sum{});
@@ -185,7 +205,7 @@ __global__ void __launch_bounds__(kThreads)
 template <class T, bool kCapped>
 __global__ void __launch_bounds__(kThreads)
     grad_kernel(float* tile, int64_t stride, int cols, bool aligned, int64_t first_column,
-                const int64_t* targets, const float* bias, LogitTransform f, const float* logprob,
+                const int64_t* targets, const float* bias, Transform f, float scale, const float* logprob,
                 const float* entropy, const float* lse, const float* lse_low, const float* grad_logprob,
                 const float* grad_entropy, const float* grad_lse) {
   const int64_t i = blockIdx.x;
@@ -193,17 +213,16 @@ __global__ void __launch_bounds__(kThreads)
   const float g = grad_logprob ? grad_logprob[i] : 0.0f, g_lse = grad_lse ? grad_lse[i] : 0.0f;
   const float g_entropy = grad_entropy ? grad_entropy[i] : 0.0f, h = grad_entropy ? entropy[i] : 0.0f;
   const float high = lse[i], low = lse_low[i], log_p_target = logprob[i];
-  const float scale = f.scale * f.inverse_temperature;
-  const auto uncertainty = [=](float log_p, float p) { return p > 0.0f ? p * g_entropy * (log_p + h) : 0.0f; };
+    const auto uncertainty = [=](float log_p, float p) { return p > 0.0f ? p * g_entropy * (log_p + h) : 0.0f; };
   const float p_target = expf(log_p_target);
   const float dz_target = p_target * g_lse - g * expm1f(log_p_target) - uncertainty(log_p_target, p_target);
   Part z;
   load_row<kCapped>(tile + i * stride, bias, cols, aligned, f, z);
 #pragma unroll
   for (int e = 0; e < 4 * kGroups; ++e) {
-    const float log_p = (z[e] - high) - low, p = expf(log_p);
+    const float log_p = (z[e] - high) - low, p = quick_exp(log_p);
     const float dz = p * (g_lse - g) - uncertainty(log_p, p);
-    z[e] = (e == y ? dz_target : dz) * scale * slope<kCapped>(z[e], f);
+    z[e] = (e == y ? dz_target : dz) * scale * f.slope<kCapped>(z[e]);
   }
   __syncthreads();
   store_row<T>(tile + i * stride, cols, aligned, z);
@@ -232,8 +251,8 @@ int logprob_fold(void* stream, int dtype, float* tile, int64_t stride, int64_t r
   if (cols > kLogprobColumns) return cudaErrorInvalidValue;
   return by_variant(dtype, transform.softcap, [=](auto element, auto capped) {
     return launch(fold_kernel<decltype(element), capped>, rows, kThreads, 0, stream, tile, stride, int(cols),
-                  takes_fours(tile, stride, cols, bias), first_column, targets, bias, transform, m, top, s, t, z_target,
-                  unit, width);
+                  takes_fours(tile, stride, cols, bias), first_column, targets, bias, Transform(transform), m, top, s, t,
+                  z_target, unit, width);
   });
 }
 
@@ -244,8 +263,9 @@ int logprob_grad(void* stream, int dtype, float* tile, int64_t stride, int64_t r
   if (cols > kLogprobColumns) return cudaErrorInvalidValue;
   return by_variant(dtype, transform.softcap, [=](auto element, auto capped) {
     return launch(grad_kernel<decltype(element), capped>, rows, kThreads, 0, stream, tile, stride, int(cols),
-                  takes_fours(tile, stride, cols, bias), first_column, targets, bias, transform, logprob, entropy, lse,
-                  lse_low, grad_logprob, grad_entropy, grad_lse);
+                  takes_fours(tile, stride, cols, bias), first_column, targets, bias, Transform(transform),
+                  transform.scale * transform.inverse_temperature, logprob, entropy, lse, lse_low, grad_logprob,
+                  grad_entropy, grad_lse);
   });
 }
 

@@ -15,7 +15,7 @@ def small_tiles(monkeypatch, request):
 
 
 def inputs(device: str, dtype: torch.dtype, **sizes: int) -> dict[str, torch.Tensor]:
-    n, m, h, v = (sizes.get(name, default) for name, default in zip("nmhv", (11, 29, 40, 1000), strict=True))
+    n, m, h, v = (sizes.get(name, default) for name, default in zip("nmhv", (5, 11, 40, 300), strict=True))
     generator = torch.Generator().manual_seed(3)
     tensors = {
         name: torch.randn(shape, generator=generator) for name, shape in {"hidden": (n, h), "bias": (v,)}.items()
