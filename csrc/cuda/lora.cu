@@ -40,7 +40,7 @@ struct Batch {
 
 // u = s x A^T on tensor cores, 16 ranks to a block.
 template <class T, class P>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads)
     shrink_kernel(Batch<T> batch, const P* a, int64_t ranks, const float* scale, float* u) {
   constexpr int tiles = 2;
   __shared__ float of_warps[kWarps * kRows * 8 * tiles];
@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 constexpr int kPlainWarps = 8;
 
 template <int kUnit, class T>
-__global__ void __launch_bounds__(32 * kPlainWarps)
+__global__ void __launch_bounds__(32 * kPlainWarps, 2)
     plain_shrink_kernel(Batch<T> batch, const float* a, int64_t ranks, const float* scale, float* u) {
   __shared__ int own[kBatch];
   const int64_t e = blockIdx.z, first = int64_t{blockIdx.y} * kBatch;
