@@ -17,13 +17,26 @@ from posttrain.ops.lora_layer import Gradients, Layer, Options
 from posttrain.ops.nf4 import MATVEC_ROWS
 from posttrain.ops.nf4_cuda import SPAN, Adapter, aligned, factors, matvec
 
+_ADAPTERS_ROWS = 256
+
+
+def case(x: Tensor, layers: Sequence[Layer], options: Options) -> str:
+    """Of posttrain/ops/cuda_choice.py, for layers of x `[..., K]`."""
+    rows = x.shape[:-1].numel()
+    if options.adapter is not None:
+        return "adapters by row" if rows <= _ADAPTERS_ROWS else ""
+    nf4 = x.dtype != torch.float32 and any(layer.absmax is not None for layer in layers)
+    return "up to 16 rows of NF4" if nf4 and _one_launch(rows, layers, options) else ""
+
 
 def takes(x: Tensor, layers: Sequence[Layer], options: Options) -> bool:
     """Whether `project` is for these layers; the library's products are for others."""
-    if options.adapter is not None:
-        return True
-    one_launch = all(layer.nf4 is not None or layer.lora_a is None for layer in layers)
-    return one_launch and options.dropout == 0 and len(x) <= MATVEC_ROWS
+    return options.adapter is not None or _one_launch(len(x), layers, options)
+
+
+def _one_launch(rows: int, layers: Sequence[Layer], options: Options) -> bool:
+    alone = all(layer.absmax is not None or layer.lora_a is None for layer in layers)
+    return alone and options.dropout == 0 and rows <= MATVEC_ROWS
 
 
 def project(x: Tensor, layers: Sequence[Layer], options: Options) -> list[Tensor]:
@@ -56,7 +69,7 @@ def project_gradient(
         if layer.lora_a is not None:
             low = _adapter_gradient(grad_x, grad, x, layer, options, i)
         if grad_x is not None:
-            lora_layer.add_base_gradient(grad_x, grad, layer, "cuda")
+            lora_layer.base_gradient(grad_x, grad, layer, "cuda", True)
         results.append(lora_layer.layer_gradients(grad, x, layer, *low, needs[1 + i]))
     return grad_x, results
 

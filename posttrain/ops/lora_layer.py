@@ -293,9 +293,7 @@ def base(x: Tensor, layer: Layer, backend: str) -> Tensor:
     """x W^T + b."""
     if layer.nf4 is None:
         return F.linear(x, layer.weight, layer.bias)
-    y = x.new_zeros(len(x), layer.height) if layer.bias is None else layer.bias.repeat(len(x), 1)
-    nf4.add_product(y, x, layer.nf4, backend)
-    return y
+    return nf4.product(x, layer.nf4, layer.bias, backend)
 
 
 def project_gradient(
@@ -325,9 +323,11 @@ def project_gradient(
     if fused:
         grad_x = _kernels().input_gradient(grads, x, layers, v, lora_a)
     elif needs_x:
-        grad_x = torch.zeros_like(x, memory_format=torch.contiguous_format) if grad_x is None else grad_x
+        add = grad_x is not None
+        grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if grad_x is None else grad_x
         for grad, layer in zip(grads, layers, strict=True):
-            add_base_gradient(grad_x, grad, layer, backend)
+            base_gradient(grad_x, grad, layer, backend, add)
+            add = True
     results = [
         layer_gradients(grad, x, layer, *low[i], needs_layers[i])
         for i, (grad, layer) in enumerate(zip(grads, layers, strict=True))
@@ -358,12 +358,12 @@ def _adapter_gradient(
     return v, grad_a, grad_bs
 
 
-def add_base_gradient(grad_x: Tensor, grad: Tensor, layer: Layer, backend: str) -> None:
-    """`grad_x += grad W`."""
+def base_gradient(grad_x: Tensor, grad: Tensor, layer: Layer, backend: str, add: bool) -> None:
+    """`grad_x = grad W`, added to what it was if `add`."""
     if layer.nf4 is None:
-        grad_x.addmm_(grad, layer.weight)
+        grad_x.addmm_(grad, layer.weight, beta=float(add))
     else:
-        nf4.add_transposed_product(grad_x, grad, layer.nf4, backend)
+        nf4.transposed_product(grad_x, grad, layer.nf4, backend, add)
 
 
 def layer_gradients(

@@ -95,7 +95,8 @@ def nf4_linear(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tens
         raise ValueError(
             f"nf4_linear: bias must be [{height}] {x.dtype} on {x.device}; got {_described(bias)} on {bias.device}"
         )
-    backend = backend_for("nf4_linear", x)
+    few = x.dtype != torch.float32 and x.shape[:-1].numel() <= MATVEC_ROWS
+    backend = backend_for("nf4_linear", x, "up to 16 rows of NF4" if few else "")
     if backend == "reference":
         return reference.nf4_linear(x, weight, bias)
     return _nf4_linear(x, bias, *Parts.of(weight), backend)
@@ -144,6 +145,24 @@ def matvec(x: Tensor, weight: Parts) -> Tensor:
     return y
 
 
+def product(x: Tensor, weight: Parts, bias: Tensor | None, backend: str) -> Tensor:
+    """`x W^T + bias` for `x` `[rows, K]`."""
+    if len(x) <= MATVEC_ROWS and backend == "cpu":
+        y = matvec(x.to(torch.promote_types(x.dtype, torch.float32)), weight)
+        return (y if bias is None else y + bias).to(x.dtype)
+    y = x.new_empty(len(x), weight.height)
+    if len(x) <= MATVEC_ROWS:
+        _launches(backend).matvec(x, weight, bias, y)
+        return y
+    with torch.autocast(x.device.type, enabled=False):
+        for rows, slab in slabs(weight, x.dtype, backend):
+            if bias is None:
+                torch.mm(x, slab.T, out=y[:, rows])
+            else:
+                torch.addmm(bias[rows], x, slab.T, out=y[:, rows])
+    return y
+
+
 def add_product(y: Tensor, x: Tensor, weight: Parts, backend: str) -> None:
     """`y += x W^T`, in place, for `x` `[rows, K]`."""
     if len(x) <= MATVEC_ROWS:
@@ -156,10 +175,13 @@ def add_product(y: Tensor, x: Tensor, weight: Parts, backend: str) -> None:
         y[:, rows].addmm_(x, slab.T)
 
 
-def add_transposed_product(grad_x: Tensor, grad_y: Tensor, weight: Parts, backend: str) -> None:
-    """`grad_x += grad_y W`, in place, for `grad_y` `[rows, N]`."""
+def transposed_product(grad_x: Tensor, grad_y: Tensor, weight: Parts, backend: str, add: bool) -> None:
+    """`grad_x = grad_y W`, for `grad_y` `[rows, N]`; added to what it was if `add`."""
     for rows, slab in slabs(weight, grad_y.dtype, backend):
-        grad_x.addmm_(grad_y[:, rows], slab)
+        grad_x.addmm_(grad_y[:, rows], slab, beta=float(add))
+        add = True
+    if not add:
+        grad_x.zero_()
 
 
 def _launches(backend: str) -> Any:
@@ -192,17 +214,7 @@ def _forward(x: Tensor, bias: Tensor | None, *arguments) -> Tensor:
     *parts, backend = arguments
     weight = contiguous(Parts(*parts))
     rows = x.reshape(x.shape[:-1].numel(), weight.width)
-    with torch.autocast(x.device.type, enabled=False):
-        if len(rows) <= MATVEC_ROWS and backend != "cpu":
-            y = rows.new_empty(len(rows), weight.height)
-            _launches(backend).matvec(rows, weight, bias, y)
-        elif len(rows) <= MATVEC_ROWS:
-            y = matvec(rows.to(torch.promote_types(x.dtype, torch.float32)), weight)
-            y = (y if bias is None else y + bias).to(x.dtype)
-        else:
-            y = rows.new_zeros(len(rows), weight.height) if bias is None else bias.repeat(len(rows), 1)
-            add_product(y, rows, weight, backend)
-    return y.view(*x.shape[:-1], weight.height)
+    return product(rows, weight, bias, backend).view(*x.shape[:-1], weight.height)
 
 
 def _fake(x, bias, *arguments):
@@ -228,9 +240,9 @@ def _gradient(grad_y: Tensor, *arguments) -> Tensor:
     *parts, backend = arguments
     weight = contiguous(Parts(*parts))
     rows = grad_y.reshape(grad_y.shape[:-1].numel(), weight.height)
-    grad_x = rows.new_zeros(len(rows), weight.width)
+    grad_x = rows.new_empty(len(rows), weight.width)
     with torch.autocast(grad_y.device.type, enabled=False):
-        add_transposed_product(grad_x, rows, weight, backend)
+        transposed_product(grad_x, rows, weight, backend, add=False)
     return grad_x.view(*grad_y.shape[:-1], weight.width)
 
 
