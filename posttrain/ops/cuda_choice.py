@@ -5,7 +5,20 @@ A key is an op and a case of it ("" for all its inputs; else as the op calls `ba
 isn't here stays with Triton.
 """
 
+_TENSOR_CORES = "argued: 16 rows are more products than ordinary cores do while the weights are read"
+_ONE_LAUNCH = "argued: one launch for a layer instead of three"
+_OWN_ADAPTER = "argued: two launches instead of eight, and no work for other adapters"
+_ONE_PASS = "argued: one pass instead of three, on all multiprocessors whatever the rows"
+_ONE_LAUNCH_OF_STEP = "argued: one launch instead of three"
+
 WINS: dict[tuple[str, str], str] = {
-    ("sample", ""): "argued: one pass instead of three, on all multiprocessors whatever the rows",
-    ("rope_cache", ""): "argued: one launch for a layer instead of three",
+    ("nf4_linear", "up to 16 rows of NF4"): _TENSOR_CORES,
+    ("lora_linear", "up to 16 rows of NF4"): _ONE_LAUNCH,
+    ("lora_qkv", "up to 16 rows of NF4"): _ONE_LAUNCH,
+    ("lora_mlp", "up to 16 rows of NF4"): _ONE_LAUNCH,
+    ("lora_linear", "adapters by row"): _OWN_ADAPTER,
+    ("lora_qkv", "adapters by row"): _OWN_ADAPTER,
+    ("lora_mlp", "adapters by row"): _OWN_ADAPTER,
+    ("sample", ""): _ONE_PASS,
+    ("rope_cache", ""): _ONE_LAUNCH_OF_STEP,
 }

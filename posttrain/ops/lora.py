@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from posttrain.ops import reference
+from posttrain.ops import lora_cuda, reference
 from posttrain.ops.backend import backend_for
 from posttrain.ops.library import define
 from posttrain.ops.lora_layer import (
@@ -72,7 +72,7 @@ def lora_linear(
     layer = LoraLayer(weight, lora_a, lora_b, scaling, bias)
     flat = flatten("lora_linear", "layer", x, layer, adapter is not None)
     option = options("lora_linear", x, [flat], adapter, dropout, seed)
-    backend = backend_for("lora_linear", x)
+    backend = backend_for("lora_linear", x, lora_cuda.case(x, [flat], option))
     if magnitude is not None:
         _check_magnitude(magnitude, flat, adapter)
     if backend == "reference":
@@ -115,7 +115,7 @@ def lora_qkv(
     layers = {"q": q, "k": k, "v": v}
     flat = [flatten("lora_qkv", name, x, layer, adapter is not None) for name, layer in layers.items()]
     option = options("lora_qkv", x, flat, adapter, dropout, seed, norm)
-    backend = backend_for("lora_qkv", x)
+    backend = backend_for("lora_qkv", x, lora_cuda.case(x, flat, option))
     if backend == "reference":
         return reference.lora_qkv(x, q, k, v, norm=norm, adapter=adapter, dropout=dropout, seed=seed)
     return _lora_qkv(x, *chain(*flat), *option, backend)

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from posttrain.ops import glu, reference
+from posttrain.ops import glu, lora_cuda, reference
 from posttrain.ops.backend import backend_for
 from posttrain.ops.library import define
 from posttrain.ops.lora import (
@@ -83,7 +83,7 @@ def lora_mlp(
             f"lora_mlp: gate and up must have one shape, got {list(gate.weight.shape)} and {list(up.weight.shape)}"
         )
     option = options("lora_mlp", x, flat, adapter, dropout, seed, norm)
-    backend = backend_for("lora_mlp", x)
+    backend = backend_for("lora_mlp", x, lora_cuda.case(x, flat, option))
     if backend == "reference":
         return reference.lora_mlp(x, gate, up, down, activation, norm=norm, adapter=adapter, dropout=dropout, seed=seed)
     return _lora_mlp(x, *chain(*flat), *option, activation, backend)[0]
