@@ -16,7 +16,7 @@ from torch import Tensor
 
 from posttrain import _C, ops
 from posttrain.bench.interleave import interleave
-from posttrain.ops import layout_cuda, use_backend
+from posttrain.ops import NF4Weight, layout_cuda, use_backend
 from posttrain.ops.backend import CUDA_DTYPES, cuda_kernels, cuda_stream
 from posttrain.ops.layout import PackedLayout, torch_schedule
 
@@ -209,6 +209,70 @@ def rope_cache() -> Race:
     return Race(f"rope_cache {tokens} tokens of {heads} and {key_heads} heads", call, None, moved, sets, "rope_cache")
 
 
+def nf4_dequantize() -> Race:
+    """A matrix of an 8B model into bfloat16."""
+    sets = [(_quantized(14336, 4096),) for _ in range(4)]
+    moved = sum(x.nbytes for x in (sets[0][0].packed, sets[0][0].absmax)) + 2 * 14336 * 4096
+    return Race("nf4_dequantize [14336, 4096]", ops.nf4_dequantize, None, moved, sets, "nf4_dequantize")
+
+
+def nf4_linear() -> Race:
+    """One row, as when one sequence is decoded."""
+    return _few_rows("nf4_linear", 1, 0)
+
+
+def nf4_linear_16() -> Race:
+    """16 rows."""
+    return _few_rows("nf4_linear", 16, 0)
+
+
+def nf4_lora() -> Race:
+    """One row, with an adapter."""
+    return _few_rows("lora_linear", 1, 64)
+
+
+def nf4_lora_16() -> Race:
+    """16 rows, with an adapter."""
+    return _few_rows("lora_linear", 16, 64)
+
+
+def _few_rows(op: str, rows: int, rank: int) -> Race:
+    """Layers of [4096, 4096], more than the second-level cache holds."""
+    x, a, b = randn(rows, 4096), randn(rank, 4096), randn(4096, rank)
+    sets = [(_quantized(4096, 4096),) for _ in range(16)]
+    moved = sum(t.nbytes for t in (sets[0][0].packed, sets[0][0].absmax, x, x, a, b))
+
+    def call(weight: NF4Weight) -> Tensor:
+        return ops.lora_linear(x, weight, a, b, 0.5) if rank else ops.nf4_linear(x, weight)
+
+    def plain(weight: NF4Weight) -> Tensor:
+        y = x @ ops.nf4_dequantize(weight).T
+        return y + x @ a.T @ b.T * 0.5 if rank else y
+
+    return Race(f"{op} of {rows} rows, rank {rank}, NF4 [4096, 4096]", call, plain, moved, sets, op)
+
+
+def _quantized(height: int, width: int) -> NF4Weight:
+    return ops.quantize_nf4(0.02 * randn(height, width), nested=True)
+
+
+def lora_by_row() -> Race:
+    """64 rows that name one of four adapters, with the product of the frozen layer."""
+    rows, width, rank, adapters = 64, 4096, 16, 4
+    scaling = [0.5] * adapters
+    adapter = torch.arange(rows, device=DEVICE) % adapters
+    sets = [
+        (randn(rows, width), randn(width, width), randn(adapters, rank, width), randn(adapters, width, rank))
+        for _ in range(4)
+    ]
+
+    def call(x: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return ops.lora_linear(x, weight, a, b, scaling, adapter=adapter)
+
+    moved = sum(t.nbytes for t in sets[0]) + sets[0][0].nbytes
+    return Race(f"lora_linear of {rows} rows and {adapters} adapters", call, None, moved, sets, "lora_linear")
+
+
 RACES = {
     race.__name__: race
     for race in (
@@ -221,6 +285,12 @@ RACES = {
         sample_filtered,
         rms_norm,
         rope_cache,
+        nf4_dequantize,
+        nf4_linear,
+        nf4_linear_16,
+        nf4_lora,
+        nf4_lora_16,
+        lora_by_row,
     )
 }
 
