@@ -13,8 +13,8 @@ from posttrain.ops import reference
 
 pytestmark = pytest.mark.usefixtures("poison")
 OPTIONS = [{}, {"window": 70, "scale": 0.3}, {"softcap": 0.5, "window": 300}]
-# Pages of 512 keys are shared: four sequences go through their first split together, two through both.
-CONTEXTS = [530, 300, 290, 256, 3, 515, 600]
+# With pages of 512 keys shared, four sequences go through their first split together, and two through both.
+CONTEXTS = [530, 300, 290, 256, 3, 515, 597]
 ONES = [1] * len(CONTEXTS)
 
 
@@ -31,13 +31,28 @@ def run(step: Step, device: str, **options) -> Tensor:
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("heads", [(3, 3), (8, 2)], ids=str)
-def test_decoding_agrees_with_the_definition(heads, options, device) -> None:
-    step = make(CONTEXTS, ONES, heads=heads, shared=32)
+@pytest.mark.parametrize(("heads", "shared"), [((3, 3), 32), ((8, 2), 20)], ids=str)
+def test_decoding_agrees_with_the_definition(heads, shared, options, device) -> None:
+    step = make(CONTEXTS, ONES, heads=heads, shared=shared)
     options = options | {"sinks": torch.linspace(-2, 3, heads[0])}
     out = run(step.decoding(), device, **options)
     assert_true_to(out, step.truth(**options))
     assert torch.equal(run(step, device, **options), out)
+
+
+def test_the_same_pages_up_to_other_lengths(device) -> None:
+    contexts = torch.tensor([400, 530, 512, 300, 530], dtype=torch.int32)
+    one = make([530], [1])
+    step = replace(
+        one,
+        q=torch.cat([one.q * i for i in range(1, 6)]),
+        block_table=one.block_table.expand(5, -1),
+        context_lens=contexts,
+        query_lens=torch.ones(5, dtype=torch.int32),
+        keys=[one.keys[0][:context] for context in contexts],
+        values=[one.values[0][:context] for context in contexts],
+    )
+    assert_true_to(run(step.decoding(), device), step.truth())
 
 
 def test_chunks_agree_with_the_definition_and_with_decoding(device) -> None:
