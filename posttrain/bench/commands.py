@@ -1,6 +1,7 @@
 """The command `posttrain bench`."""
 
 import argparse
+import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ def _bench(options: argparse.Namespace) -> int:
     _check("suite", [suite], SUITES)
     session = Session(Selection(tuple(options.words), suite, options.peers, options.out))
     arguments = ["-q", "--no-header", "--tb=short", "--import-mode=importlib", "-p", "no:cacheprovider"]
-    arguments += ["--rootdir", str(Path.cwd()), "-c", "/dev/null", "--benchmark-quiet", "-W", "ignore"]
+    arguments += ["--rootdir", str(Path.cwd()), "-c", os.devnull, "--benchmark-quiet", "-W", "ignore"]
     return int(pytest.main([*arguments, str(Path(__file__).with_name("suite.py"))], plugins=[session]))
 
 

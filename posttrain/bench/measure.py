@@ -10,6 +10,7 @@ All who are right take turns in one process; before every call the arguments mov
 forgotten.
 """
 
+import gc
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -189,6 +190,7 @@ def _table(
             if way_name in (OURS, PLAIN):
                 raise NotMeasured(f"{way_name} {describe(error)}", wrong=way_name == OURS) from error
             absent[way_name] = describe(error)
+    gc.collect()
     peaks = {way_name: peak_of(call) for way_name, call in calls.items()}
     samples = alternate(calls, rounds)
     columns = {key: Column(samples[key], errors[key], peaks[key]) for key in calls}

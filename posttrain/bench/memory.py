@@ -5,7 +5,6 @@ what it allocates.
 """
 
 import ctypes
-import gc
 import os
 import subprocess
 import sys
@@ -38,7 +37,6 @@ def peak_of(work: Callable[[], object]) -> int | None:
 
     `work` should have run before, so that libraries are loaded and warm.
     """
-    gc.collect()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
