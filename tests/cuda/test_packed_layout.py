@@ -47,7 +47,7 @@ def test_any_forest(forest, device, kernels) -> None:
 @pytest.mark.parametrize(
     "forest",
     [
-        ([1] * 1500, [-1] * 1500),
+        ([1] * 2500, [-1] * 2500),
         ([2] + [0, 3] * 600, [-1] + [0] * 1200),
         ([3] * 1100, list(range(-1, 1099))),
         ([33000, 5, 700, 40], [-1, 0, 0, -1]),
