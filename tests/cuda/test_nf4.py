@@ -88,14 +88,17 @@ def test_product_agrees_with_the_reference(nested, shape, random) -> None:
 
 
 @pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize("shape", [(24, 130), (33, 64), (70, 192), (40, 1088)], ids=str)
-@pytest.mark.parametrize("blocksize", [32, 64, 128])
+@pytest.mark.parametrize(
+    ("shape", "blocksize"),
+    [((24, 130), 64), ((9, 64), 32), ((33, 64), 64), ((70, 192), 64), ((40, 1088), 128)],
+    ids=str,
+)
 def test_half_precision_is_as_good_as_pytorch(blocksize, shape, dtype, random) -> None:
-    """Widths of 64, 192 and 1088 go to tensor cores, with fewer spans than warps and with more."""
+    """The last three go to tensor cores, with fewer spans than warps and with more."""
     weight = quantize_nf4(random(*shape), blocksize=blocksize, nested=blocksize == 64)
     dense = nf4_dequantize(weight, dtype)
     truth = lambda x, bias: reference.nf4_linear(x, weight, bias)  # noqa: E731
-    for rows in (1, 7, MATVEC_ROWS, 20):
+    for rows in (1, 9, MATVEC_ROWS, 20):
         check(
             lambda x, bias: nf4_linear(x, weight, bias),
             truth,
@@ -162,7 +165,7 @@ def test_an_adapter_in_the_same_launch(rank, shape, random) -> None:
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("adapters", ["half", "float32"])
 @pytest.mark.parametrize("shape", [(40, 192), (35, 100)], ids=str)
-@pytest.mark.parametrize("rank", [3, 64, 72])
+@pytest.mark.parametrize("rank", [3, 72])
 def test_an_adapter_in_half_precision(rank, shape, adapters, dtype, random) -> None:
     height, width = shape
     weight = quantize_nf4(random(*shape))
