@@ -13,9 +13,12 @@ from posttrain.ops.backend import cuda_device, cuda_kernels, cuda_stream
 from posttrain.ops.library import define
 
 
+_BUILT = _C.with_cuda()
+
+
 def has_kernels(device: torch.device) -> bool:
     """Whether layouts on `device` are made here."""
-    return device.type == "cuda" and _C.with_cuda()
+    return _BUILT and device.type == "cuda"
 
 
 def expand(lengths: np.ndarray, parents: np.ndarray, tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
