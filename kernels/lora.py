@@ -23,7 +23,7 @@ from torch import Tensor
 
 from posttrain.kernels import lora_device as kernels
 from posttrain.ops import nf4
-from posttrain.ops.lora_layer import Bundle, Layer, Options, flat_b
+from posttrain.ops.lora_layer import Bundle, Layer, Options, Wanted, flat_b
 
 # Compute capability -> whether the large products of half precision are the kernel's. Triton's GEMM by pointers is
 # about as fast as the library where both use mma; from sm_90 on the library has TMA and warp specialisation.
@@ -53,17 +53,19 @@ SPLIT_ROWS, PROGRAMS = 512, 512  # of the gradients of A and B: at least, of a s
 
 
 def adapter_gradient(
-    grads: Sequence[Tensor], x: Tensor, layers: Sequence[Layer], options: Options, bundle: Bundle
-) -> tuple[Tensor, Tensor, list[Tensor]]:
+    grads: Sequence[Tensor], x: Tensor, layers: Sequence[Layer], options: Options, bundle: Bundle, wanted: Wanted
+) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
     """(v `[T, ranks]`, dA `[ranks, K]`, the dB^T `[ranks, N]` of its layers)."""
-    u = low_rank(x, layers, options, bundle)
-    v = torch.empty_like(u)
-    grad_bs = []
-    for i, columns in zip(bundle.layers, bundle.columns, strict=True):
-        lora_b = flat_b(layers[i], u.dtype)
-        _low_rank(grads[i], lora_b.T, [layers[i]], options, None, v[:, columns])
-        grad_bs.append(_outer(u[:, columns], grads[i], None))
-    return v, _outer(v, x, bundle.dropped), grad_bs
+    u = low_rank(x, layers, options, bundle) if any(wanted.lora_b) else None
+    v = bundle.lora_a.new_empty(len(x), len(bundle.lora_a)) if wanted.v else None
+    grad_bs: list[Tensor | None] = []
+    for i, columns, needed in zip(bundle.layers, bundle.columns, wanted.lora_b, strict=True):
+        if v is not None:
+            lora_b = flat_b(layers[i], v.dtype)
+            _low_rank(grads[i], lora_b.T, [layers[i]], options, None, v[:, columns])
+        grad_bs.append(_outer(u[:, columns], grads[i], None) if u is not None and needed else None)
+    grad_a = _outer(v, x, bundle.dropped) if v is not None and wanted.lora_a else None
+    return v, grad_a, grad_bs
 
 
 def low_rank(x: Tensor, layers: Sequence[Layer], options: Options, bundle: Bundle) -> Tensor:

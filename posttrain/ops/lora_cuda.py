@@ -67,7 +67,7 @@ def project_gradient(
     for i, (grad, layer) in enumerate(zip(grads, layers, strict=True)):
         low: tuple[Tensor | None, Tensor | None] = (None, None)
         if layer.lora_a is not None:
-            low = _adapter_gradient(grad_x, grad, x, layer, options, i)
+            low = _adapter_gradient(grad_x, grad, x, layer, options, i, needs[1 + i])
         if grad_x is not None:
             lora_layer.base_gradient(grad_x, grad, layer, "cuda", True)
         results.append(lora_layer.layer_gradients(grad, x, layer, *low, needs[1 + i]))
@@ -75,21 +75,30 @@ def project_gradient(
 
 
 def _adapter_gradient(
-    grad_x: Tensor | None, grad: Tensor, x: Tensor, layer: Layer, options: Options, place: int
-) -> tuple[Tensor, Tensor]:
-    """(dA `[E, R, K]`, dB^T `[E, R, N]`); adds drop(v A) to `grad_x`."""
+    grad_x: Tensor | None,
+    grad: Tensor,
+    x: Tensor,
+    layer: Layer,
+    options: Options,
+    place: int,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    """(dA `[E, R, K]`, dB^T `[E, R, N]`), where needed; adds drop(v A) to `grad_x`."""
+    _, _, needs_a, needs_b = needs
     a, b, adapter = layer.lora_a, layer.lora_b, options.adapter
     assert a is not None and b is not None and adapter is not None
     dropped = None if options.dropout == 0 else _dropped(x, options, place)
     source = x if dropped is None else x.masked_fill(dropped, 0)
     scales = _scales(layer, options)
-    u, v = _shrink(source, a, scales, adapter), _shrink(grad, b.transpose(1, 2), scales, adapter)
-    if grad_x is not None:
+    u = _shrink(source, a, scales, adapter) if needs_b else None
+    v = _shrink(grad, b.transpose(1, 2), scales, adapter) if needs_a or grad_x is not None else None
+    if grad_x is not None and v is not None:
         part = grad_x if dropped is None else torch.zeros_like(grad_x)
         _expand(v, a.transpose(1, 2), adapter, part)
         if dropped is not None:
             grad_x += part.masked_fill_(dropped, 0)
-    return _outer(v, source, adapter, len(a)), _outer(u, grad, adapter, len(a))
+    grad_a = _outer(v, source, adapter, len(a)) if v is not None and needs_a else None
+    return grad_a, None if u is None else _outer(u, grad, adapter, len(a))
 
 
 def _dropped(x: Tensor, options: Options, place: int) -> Tensor:

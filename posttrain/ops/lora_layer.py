@@ -226,6 +226,20 @@ class Bundle(NamedTuple):
         return tile if self.dropped is None else tile.masked_fill(self.dropped[rows], 0)
 
 
+class Wanted(NamedTuple):
+    """What a backward needs of the products with a bundle's A and B: nothing of them for a frozen adapter."""
+
+    v: bool
+    lora_a: bool
+    lora_b: list[bool]  # of each layer
+
+    @staticmethod
+    def of(bundle: Bundle, needs_x: bool, needs_layers: Sequence[Sequence[bool]]) -> "Wanted":
+        """For the needs of x and, of each layer, of the fields of `Gradients`."""
+        lora_a = any(needs_layers[i][2] for i in bundle.layers)
+        return Wanted(needs_x or lora_a, lora_a, [needs_layers[i][3] for i in bundle.layers])
+
+
 def kernel_dtype(dtype: torch.dtype, backend: str) -> torch.dtype:
     """What a backend's elementwise kernels take for `dtype`; a GPU's compute half precision in float32 themselves."""
     return dtype if backend != "cpu" else torch.promote_types(dtype, torch.float32)
@@ -312,11 +326,12 @@ def project_gradient(
     fused = needs_x and options.dropout == 0 and backend == "triton" and _kernels().fused(x)
     grad_x = v = lora_a = None
     for bundle in _bundles(x, layers, options, backend):
-        v, grad_a, grad_bs = _adapter_gradient(grads, x, layers, options, bundle, backend)
+        wanted = Wanted.of(bundle, needs_x, needs_layers)
+        v, grad_a, grad_bs = _adapter_gradient(grads, x, layers, options, bundle, wanted, backend)
         lora_a = bundle.lora_a
         for i, columns, grad_b in zip(bundle.layers, bundle.columns, grad_bs, strict=True):
-            low[i] = grad_a[columns], grad_b
-        if needs_x and not fused:
+            low[i] = None if grad_a is None else grad_a[columns], grad_b
+        if needs_x and v is not None and not fused:
             part = v.to(x.dtype) @ lora_a.to(x.dtype)
             part = part if bundle.dropped is None else part.masked_fill_(bundle.dropped, 0)
             grad_x = part if grad_x is None else grad_x.add_(part)
@@ -336,25 +351,37 @@ def project_gradient(
 
 
 def _adapter_gradient(
-    grads: Sequence[Tensor], x: Tensor, layers: Sequence[Layer], options: Options, bundle: Bundle, backend: str
-) -> tuple[Tensor, Tensor, list[Tensor]]:
+    grads: Sequence[Tensor],
+    x: Tensor,
+    layers: Sequence[Layer],
+    options: Options,
+    bundle: Bundle,
+    wanted: Wanted,
+    backend: str,
+) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
     """(v `[T, ranks]`, dA `[ranks, K]`, the dB^T `[ranks, N]` of its layers), in one pass over x and dy."""
     if backend == "triton":
-        return _kernels().adapter_gradient(grads, x, layers, options, bundle)
+        return _kernels().adapter_gradient(grads, x, layers, options, bundle, wanted)
     wide = bundle.lora_a.dtype
-    v = torch.empty(len(x), len(bundle.lora_a), dtype=wide, device=x.device)
-    grad_a = torch.zeros_like(bundle.lora_a)
+    v = torch.empty(len(x), len(bundle.lora_a), dtype=wide, device=x.device) if wanted.v else None
+    grad_a = torch.zeros_like(bundle.lora_a) if wanted.lora_a else None
     lora_bs = [flat_b(layers[i], wide) for i in bundle.layers]
-    grad_bs = [torch.zeros_like(lora_b.T, memory_format=torch.contiguous_format) for lora_b in lora_bs]
+    grad_bs = [
+        torch.zeros_like(lora_b.T, memory_format=torch.contiguous_format) if needed else None
+        for lora_b, needed in zip(lora_bs, wanted.lora_b, strict=True)
+    ]
     width = max(x.shape[1], *(layers[i].height for i in bundle.layers))
     for rows in _tiles(len(x), width, x.dtype == wide and bundle.dropped is None):
         tile = bundle.source(x, rows)
-        u = tile @ bundle.lora_a.T
+        u = tile @ bundle.lora_a.T if any(wanted.lora_b) else None
         for i, columns, lora_b, grad_b in zip(bundle.layers, bundle.columns, lora_bs, grad_bs, strict=True):
             grad = grads[i][rows].to(wide)
-            grad_b.addmm_(_scaled(u[:, columns], layers[i], options, rows).T, grad)
-            v[rows, columns] = _scaled(grad @ lora_b, layers[i], options, rows)
-        grad_a.addmm_(v[rows].T, tile)
+            if grad_b is not None and u is not None:
+                grad_b.addmm_(_scaled(u[:, columns], layers[i], options, rows).T, grad)
+            if v is not None:
+                v[rows, columns] = _scaled(grad @ lora_b, layers[i], options, rows)
+        if grad_a is not None and v is not None:
+            grad_a.addmm_(v[rows].T, tile)
     return v, grad_a, grad_bs
 
 
@@ -372,9 +399,10 @@ def layer_gradients(
     """What `needs` asks for, from dA and dB^T in float32."""
     needs_weight, needs_bias, needs_a, needs_b = needs
     a, b = layer.lora_a, layer.lora_b
-    if a is not None and b is not None and grad_a is not None and grad_b is not None:
-        adapters, _, rank = b.shape
+    if a is not None and grad_a is not None:
         grad_a = grad_a.view(a.shape).to(a.dtype)
+    if b is not None and grad_b is not None:
+        adapters, _, rank = b.shape
         grad_b = grad_b.view(adapters, rank, layer.height).transpose(1, 2).to(b.dtype).contiguous()
     return Gradients(
         grad.T @ x if needs_weight else None,

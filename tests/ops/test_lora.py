@@ -9,10 +9,11 @@ import torch
 from tolerance import HALF, check
 from torch import Tensor
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from posttrain import ops
 from posttrain.ops import LoraLayer, lora_linear, lora_qkv, quantize_nf4, reference
-from posttrain.ops.lora_layer import flatten
+from posttrain.ops.lora_layer import Options, flatten, project_gradient
 
 # rows, K, N, R
 SHAPES = [(0, 8, 8, 2), (1, 13, 7, 1), (63, 97, 40, 8), (100, 100, 129, 13), (1000, 64, 33, 64), (17, 40, 24, 256)]
@@ -202,6 +203,36 @@ def test_any_operand_may_be_the_only_one_that_trains(trained) -> None:
     true[trained].requires_grad_()
     truth = torch.autograd.grad(of(reference.lora_linear)(*true).square().sum(), true[trained])[0]
     torch.testing.assert_close(gradient, truth.float())
+
+
+class Products(TorchDispatchMode):
+    """Counts the matrix products."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += "mm" in func.overloadpacket.__name__
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("needs_x", "needs_a", "needs_b", "products"),
+    [
+        (True, True, True, 6),  # u, dB, v, dA, v A and dy W
+        (True, False, False, 3),  # v, v A and dy W
+        (True, False, True, 5),
+        (False, True, False, 2),  # v and dA
+        (False, False, True, 2),  # u and dB
+        (False, False, False, 0),
+    ],
+)
+def test_what_is_frozen_costs_nothing(needs_x, needs_a, needs_b, products) -> None:
+    x, weight, a, b, bias = operands(20, 12, 10, 3)
+    layer = flatten("lora_linear", "layer", x, LoraLayer(weight, a, b, 0.75, bias), False)
+    needs = [[needs_x], [False, False, needs_a, needs_b]]
+    with Products() as counted:
+        project_gradient([x.new_ones(20, 10)], x, [layer], Options(None, 0.0, 0), needs, "cpu")
+    assert counted.count == products
 
 
 def test_same_bits_every_time() -> None:
