@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from posttrain.kernels.math import tanh
+from posttrain.kernels.tiles import grouped_place
 from posttrain.ops.logprob_problem import IGNORED
 
 TILES = tl.constexpr(4)  # column tiles in a split
@@ -57,17 +58,6 @@ def _slope(z, outer):
     """Derivative of the cap, 1 - tanh^2, from z."""
     th = z * (1.0 / outer)
     return 1.0 - th * th
-
-
-@triton.jit
-def _place(num_row_blocks, num_columns):
-    """(row block, column) of this program: a group of row blocks go through all columns together."""
-    program = tl.program_id(0)
-    group = program // (_GROUP * num_columns)
-    first = group * _GROUP
-    size = tl.minimum(num_row_blocks - first, _GROUP)
-    within = program - group * _GROUP * num_columns
-    return first + within % size, within // size
 
 
 @triton.jit
@@ -186,7 +176,7 @@ def statistics_kernel(
     EVEN_H: tl.constexpr,
     ENTROPY: tl.constexpr,
 ):
-    row_block, slab_split = _place(tl.cdiv(M, BLOCK_M), num_splits)
+    row_block, slab_split = grouped_place(tl.cdiv(M, BLOCK_M), num_splits, _GROUP)
     split = first_split + slab_split
     m, inside, y = _targets(targets_ptr, row_block, M, BLOCK_M)
     counts = y != _IGNORED
@@ -450,7 +440,7 @@ def gradient_kernel(
     SOFTCAP: tl.constexpr,
     EVEN_H: tl.constexpr,
 ):
-    row_block, slab_tile = _place(tl.cdiv(M, BLOCK_M), num_tiles)
+    row_block, slab_tile = grouped_place(tl.cdiv(M, BLOCK_M), num_tiles, _GROUP)
     m, inside, y = _targets(targets_ptr, row_block, M, BLOCK_M)
     counts = y != _IGNORED
     first_column = (first_tile + slab_tile) * BLOCK_V

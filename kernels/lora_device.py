@@ -6,6 +6,8 @@ What depends on which tensors there are is decided when a kernel is compiled: an
 import triton
 import triton.language as tl
 
+from posttrain.kernels.tiles import grouped_place
+
 LOW_RANK = {"BLOCK_T": 32, "num_stages": 4}
 OUTER = {"BLOCK_T": 32, "BLOCK_K": 64, "num_stages": 4}
 
@@ -108,17 +110,6 @@ def outer_kernel(
 
 
 @triton.jit
-def _place(num_row_blocks, num_columns):
-    """(row block, column block) of this program: a group of row blocks go through all columns together."""
-    program = tl.program_id(0)
-    group = program // (_GROUP * num_columns)
-    first = group * _GROUP
-    size = tl.minimum(num_row_blocks - first, _GROUP)
-    within = program - group * _GROUP * num_columns
-    return first + within % size, within // size
-
-
-@triton.jit
 def extended_kernel(
     x_ptr,  # [M, K]
     weight_ptr,  # (n, k) at n weight_stride + k weight_depth
@@ -145,7 +136,7 @@ def extended_kernel(
     BLOCK_R: tl.constexpr,
 ):
     """out = low factor^T + bias + x weight^T, and `ADD` to what out was: one sum in float32, rounded once."""
-    row_block, column_block = _place(tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N))
+    row_block, column_block = grouped_place(tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), _GROUP)
     first_row, first_column = row_block * BLOCK_M, column_block * BLOCK_N
     m, n, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     n_inside = n < N - first_column
