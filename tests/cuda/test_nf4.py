@@ -12,7 +12,7 @@ from torch.nn import functional
 from posttrain import ops
 from posttrain.ops import NF4Weight, lora_linear, nf4, nf4_dequantize, nf4_linear, quantize_nf4, reference
 from posttrain.ops.nf4 import MATVEC_ROWS, Parts
-from posttrain.ops.nf4_cuda import dequantize
+from posttrain.ops.nf4_cuda import _counters, dequantize
 
 pytestmark = pytest.mark.usefixtures("poison")
 statistics = pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
@@ -183,12 +183,11 @@ def test_an_adapter_in_half_precision(rank, shape, adapters, dtype, random) -> N
         check(mixed, with_adapter(reference.lora_linear, weight), inputs, plain)
 
 
-def test_counters_are_zero_again_after_every_launch(random) -> None:
-    from posttrain.ops.nf4_cuda import _counters
-
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_counters_are_zero_again_after_every_launch(dtype, random) -> None:
     weight = quantize_nf4(random(70, 64))
     for rows in (1, MATVEC_ROWS):
-        lora_linear(random(rows, 64), weight, random(20, 64), random(70, 20))
+        lora_linear(random(rows, 64, dtype=dtype), weight, random(20, 64, dtype=dtype), random(70, 20, dtype=dtype))
         assert _counters(weight.packed).eq(0).all()
 
 
