@@ -5,6 +5,7 @@ second, and the rate of a large square matrix product, 2 n^3 operations. An op t
 operations takes at least max(b / copy, f / gemm) seconds; its share of the roofline is that over its time.
 """
 
+import gc
 import os
 import platform
 import re
@@ -62,6 +63,9 @@ def _size(text: str) -> int:
 
 def free_bytes() -> int:
     """Memory that is free on the device, within the limits of control groups."""
+    if GPU:
+        gc.collect()
+        torch.cuda.empty_cache()  # memory that PyTorch keeps is free as well
     return free_memory(torch.device(DEVICE))
 
 

@@ -78,6 +78,13 @@ def measure(case: Case, rounds: int, peers: bool = False) -> dict[str, Table]:
     if case.need > free:
         raise NotMeasured(f"needs {case.need / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free")
     torch.manual_seed(0)
+    try:
+        return _tables(case, rounds, peers)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise NotMeasured(f"out of memory, where {case.need / 2**30:.1f} GiB were reckoned with") from error
+
+
+def _tables(case: Case, rounds: int, peers: bool) -> dict[str, Table]:
     problem = case.make()
     ways, missing = {OURS: Way(problem.ours), PLAIN: Way(problem.plain)}, {}
     for name, maker in case.peers.items() if peers else ():
@@ -113,7 +120,7 @@ def _gate(problem: Problem, ways: Mapping[str, Way], missing: dict[str, str]) ->
             errors[name] = max(map(_error, found[name], truth), default=0.0)
         except Exception as error:  # of a peer, or of ours, which is then raised below
             if name == OURS:
-                raise NotMeasured(describe(error), wrong=True) from error
+                raise NotMeasured(f"{OURS} {describe(error)}", wrong=True) from error
             missing[name] = describe(error)
     if PLAIN not in found:
         raise NotMeasured(f"plain PyTorch, the yardstick, {missing[PLAIN]}", wrong=True)
@@ -132,16 +139,16 @@ def _incoming(problem: Problem) -> list[Tensor]:
 
 
 def _results(problem: Problem, way: Way, given: Any, wide: Any, incoming: list[Tensor]) -> list[Tensor]:
-    """What must be right: outputs and, where there is a backward, gradients."""
+    """What must be right: outputs and, where there is a backward, outputs with a gradient and the gradients."""
     arguments = way.prepare(copied(given))
+    with torch.no_grad():
+        result = way.call(*arguments)
     if not incoming:
-        with torch.no_grad():
-            result = way.call(*arguments)
         return list(problem.checked(wide, result)) if problem.checked else outputs_of(result)
     outputs = outputs_of(way.call(*arguments))
     seeds = [way.into(g).to(y.dtype) for g, y in zip(incoming, outputs, strict=True)]
     gradients = torch.autograd.grad(outputs, leaves_of(arguments), seeds)
-    return [way.back(x.detach()) for x in (*outputs, *gradients)]
+    return [way.back(x.detach()) for x in (*outputs_of(result), *outputs, *gradients)]
 
 
 def _error(found: Tensor, true: Tensor) -> float:

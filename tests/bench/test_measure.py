@@ -1,6 +1,7 @@
 """No figure without room, without agreement, or without a word about what is missing."""
 
 import statistics
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -43,6 +44,11 @@ def test_a_wrong_gradient_has_no_figures(make_case):
         measure(make_case(ours=detached), rounds=3)
 
 
+def test_the_forward_without_a_gradient_is_checked_too(make_case):
+    with pytest.raises(NotMeasured, match="posttrain is wrong"):
+        measure(make_case(ours=lambda x: 2 * x if torch.is_grad_enabled() else 3 * x), rounds=3)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_what_is_not_finite_is_wrong(make_case, bad):
     with pytest.raises(NotMeasured, match="posttrain is wrong"):
@@ -62,6 +68,15 @@ def test_without_room_the_numbers_are_named(make_case, monkeypatch):
     monkeypatch.setattr(module, "free_bytes", lambda: 3 << 30)
     with pytest.raises(NotMeasured, match=r"needs 10.0 GiB, and 3.0 GiB are free") as caught:
         measure(make_case(need=10 * 2.0**30), rounds=3)
+    assert not caught.value.wrong
+
+
+def test_without_memory_after_all_the_estimate_is_named(make_case):
+    def make():
+        raise torch.OutOfMemoryError("tried to allocate")
+
+    with pytest.raises(NotMeasured, match=r"out of memory, where 2.0 GiB were reckoned with") as caught:
+        measure(replace(make_case(need=2 * 2.0**30), make=make), rounds=3)
     assert not caught.value.wrong
 
 
