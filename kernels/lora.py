@@ -1,4 +1,4 @@
-"""The LoRA ops on a GPU (posttrain/ops/lora_layer.py has the formulas).
+"""The LoRA ops on a GPU (posttrain/ops/lora_products.py has the formulas).
 
 The kernels are in lora_device.py; here are the method, the choice of tiles, and the launches.
 
@@ -23,7 +23,8 @@ from torch import Tensor
 
 from posttrain.kernels import lora_device as kernels
 from posttrain.ops import nf4
-from posttrain.ops.lora_layer import Bundle, Layer, Options, Wanted, flat_b
+from posttrain.ops.lora_layer import Layer, Options, flat_b
+from posttrain.ops.lora_products import Bundle, Wanted
 
 # Compute capability -> whether the large products of half precision are the kernel's. Triton's GEMM by pointers is
 # about as fast as the library where both use mma; from sm_90 on the library has TMA and warp specialisation.

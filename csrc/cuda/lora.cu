@@ -1,5 +1,5 @@
 // Adapters of several tasks in one batch, on a GPU: each row of x names its adapter, or -1 for none, and meets no other
-// (posttrain/ops/lora_layer.py has the formulas).
+// (posttrain/ops/lora_products.py has the formulas).
 //
 //     u[i] = s_e x[i] A_e^T        y[i] += u[i] B_e^T        dA_e = sum over the rows of e of v[i]^T x[i]
 //

@@ -1,6 +1,6 @@
 """A linear layer with a LoRA adapter, and the three of an attention layer that read the same input.
 
-posttrain/ops/lora_layer.py has the formulas.
+posttrain/ops/lora_products.py has the formulas.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,22 +13,8 @@ from torch import Tensor
 from posttrain.ops import lora_cuda, reference
 from posttrain.ops.backend import backend_for
 from posttrain.ops.library import define
-from posttrain.ops.lora_layer import (
-    TENSORS,
-    Gradients,
-    Layer,
-    LoraLayer,
-    Options,
-    flatten,
-    layers_of,
-    normed,
-    normed_gradient,
-    options,
-    project,
-    project_gradient,
-    schema,
-    slabs,
-)
+from posttrain.ops.lora_layer import TENSORS, Layer, LoraLayer, Options, flatten, layers_of, options, schema
+from posttrain.ops.lora_products import Gradients, normed, normed_gradient, project, project_gradient, slabs
 from posttrain.ops.nf4_weight import NF4Weight
 
 

@@ -1,4 +1,4 @@
-"""LoRA layers by CUDA kernels, where rows are few and launches the cost (posttrain/ops/lora_layer.py has the formulas).
+"""LoRA layers by CUDA kernels, where rows are few and launches the cost (formulas: posttrain/ops/lora_products.py).
 
 Up to 16 rows of an NF4 matrix with one adapter are one launch (csrc/cuda/nf4.cu). Where rows name their adapter, the
 base's product is followed by two (csrc/cuda/lora.cu), u = s x A^T and y += u B^T, in which a row meets its own adapter
@@ -11,9 +11,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from posttrain.ops import lora_layer, reference
+from posttrain.ops import lora_products, reference
 from posttrain.ops.backend import CUDA_DTYPES, cuda_device, cuda_kernels, cuda_stream
-from posttrain.ops.lora_layer import Gradients, Layer, Options
+from posttrain.ops.lora_layer import Layer, Options
+from posttrain.ops.lora_products import Gradients
 from posttrain.ops.nf4 import MATVEC_ROWS
 from posttrain.ops.nf4_cuda import SPAN, Adapter, aligned, factors, matvec
 
@@ -51,7 +52,7 @@ def _output(x: Tensor, layer: Layer, options: Options, place: int) -> Tensor:
         y = x.new_empty(len(x), layer.height)
         matvec(x, layer.nf4, layer.bias, y, one)
     else:
-        y = lora_layer.base(x, layer, "cuda")
+        y = lora_products.base(x, layer, "cuda")
     if a is not None and b is not None and adapter is not None:
         source = x if options.dropout == 0 else x.masked_fill(_dropped(x, options, place), 0)
         _expand(_shrink(source, a, _scales(layer, options), adapter), b, adapter, y)
@@ -61,7 +62,7 @@ def _output(x: Tensor, layer: Layer, options: Options, place: int) -> Tensor:
 def project_gradient(
     grads: Sequence[Tensor], x: Tensor, layers: Sequence[Layer], options: Options, needs: Sequence[Sequence[bool]]
 ) -> tuple[Tensor | None, list[Gradients]]:
-    """As lora_layer's, where rows name their adapter."""
+    """As lora_products', where rows name their adapter."""
     grad_x = torch.zeros_like(x, memory_format=torch.contiguous_format) if needs[0][0] else None
     results = []
     for i, (grad, layer) in enumerate(zip(grads, layers, strict=True)):
@@ -69,8 +70,8 @@ def project_gradient(
         if layer.lora_a is not None:
             low = _adapter_gradient(grad_x, grad, x, layer, options, i, needs[1 + i])
         if grad_x is not None:
-            lora_layer.base_gradient(grad_x, grad, layer, "cuda", True)
-        results.append(lora_layer.layer_gradients(grad, x, layer, *low, needs[1 + i]))
+            lora_products.base_gradient(grad_x, grad, layer, "cuda", True)
+        results.append(lora_products.layer_gradients(grad, x, layer, *low, needs[1 + i]))
     return grad_x, results
 
 

@@ -2,8 +2,8 @@
 
     g = gate(x)     u = up(x)     h = act(g) u     y = down(h)
 
-each layer as in posttrain/ops/lora_layer.py, act as in posttrain/ops/glu.py. Saved for the backward: x, g and u. h is
-made again, and the backward of `down` turns dy into dh, the gated unit's into dg and du, and that of `gate` and `up`
+each layer as in posttrain/ops/lora_products.py, act as in posttrain/ops/glu.py. Saved for the backward: x, g and u. h
+is made again, and the backward of `down` turns dy into dh, the gated unit's into dg and du, and that of `gate` and `up`
 these into dx. Plain autograd keeps act(g) and h too.
 """
 
@@ -25,21 +25,8 @@ from posttrain.ops.lora import (
     saved_layers,
     spread,
 )
-from posttrain.ops.lora_layer import (
-    TENSORS,
-    Layer,
-    LoraLayer,
-    Options,
-    flatten,
-    kernel_dtype,
-    layers_of,
-    normed,
-    normed_gradient,
-    options,
-    project,
-    project_gradient,
-    schema,
-)
+from posttrain.ops.lora_layer import TENSORS, Layer, LoraLayer, Options, flatten, layers_of, options, schema
+from posttrain.ops.lora_products import kernel_dtype, normed, normed_gradient, project, project_gradient
 
 _ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 

@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from posttrain import ops
 from posttrain.ops import LoraLayer, lora_linear, lora_qkv, quantize_nf4, reference
-from posttrain.ops.lora_layer import Options, flatten, project_gradient
+from posttrain.ops.lora_layer import Options, flatten
+from posttrain.ops.lora_products import project_gradient
 
 # rows, K, N, R
 SHAPES = [(0, 8, 8, 2), (1, 13, 7, 1), (63, 97, 40, 8), (100, 100, 129, 13), (1000, 64, 33, 64), (17, 40, 24, 256)]
@@ -69,9 +70,9 @@ def test_agrees_for_strided_inputs_and_gradients() -> None:
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
 def test_the_gradient_of_many_tiles(dtype, monkeypatch) -> None:
-    from posttrain.ops import lora_layer
+    from posttrain.ops import lora_products
 
-    monkeypatch.setattr(lora_layer, "_TILE", 500)
+    monkeypatch.setattr(lora_products, "_TILE", 500)
     check(of(lora_linear), of(reference.lora_linear), operands(100, 100, 33, 8, dtype), plain)
 
 
