@@ -28,6 +28,7 @@ from posttrain.integrations.counting import count, say
 from posttrain.integrations.trl_logprob import head_dtype, head_obstacle, mean_of_logits
 from posttrain.models.causal_lm import ModelError, decoder
 from posttrain.models.head import Head, head
+from posttrain.models.prepare import without
 from posttrain.ops import linear_logprob
 
 _WISH = "_posttrain_loss_only"
@@ -43,7 +44,9 @@ class _Wish:
 
 
 class LossOnly:
-    """Marks a causal LM whose forward can leave out the logits."""
+    """Marks a causal LM whose forward can leave out the logits; `calls` are the names that its own forward uses."""
+
+    calls: tuple[str, ...]
 
 
 def replace_loss(causal: Any) -> None:
@@ -55,8 +58,8 @@ def replace_loss(causal: Any) -> None:
 
 def restore_loss(causal: Any) -> None:
     """Undo `replace_loss`."""
-    if LossOnly in type(causal).__bases__:
-        causal.__class__ = type(causal).__bases__[1]
+    if isinstance(causal, LossOnly):
+        causal.__class__ = without(type(causal), LossOnly)
 
 
 @contextmanager
@@ -87,14 +90,14 @@ def _loss_only_class(original: Any) -> type:
         return _with_logits(partial(original.forward, self, *args), wish, kwargs)
 
     body = {"__module__": original.__module__, "__doc__": original.__doc__, "forward": forward}
+    body["calls"] = unwrap(original.forward).__code__.co_names
     return type(original.__name__, (LossOnly, original), body)
 
 
 def _obstacle(causal: Any, wish: _Wish, kwargs: Mapping[str, Any]) -> str | None:
     """Why the loss should come from logits, or None."""
-    cls: Any = type(causal)
-    name = cls.__name__
-    if causal.loss_function is not ForCausalLMLoss or not _calls_loss_function(cls):
+    name = type(causal).__name__
+    if causal.loss_function is not ForCausalLMLoss or "loss_function" not in causal.calls:
         return f"{name} has a loss of its own"
     if kwargs.get("output_router_logits", getattr(causal.config, "output_router_logits", False)):
         return f"{name} adds a loss of its router"
@@ -107,11 +110,6 @@ def _obstacle(causal: Any, wish: _Wish, kwargs: Mapping[str, Any]) -> str | None
     if wish.smoother is not None and (found.softcap is not None or found.lora is not None):
         return "label smoothing of capped logits, or with an adapter on the head, is computed from logits"
     return head_obstacle(found.weight)
-
-
-@cache
-def _calls_loss_function(cls: Any) -> bool:
-    return "loss_function" in unwrap(cls.forward).__code__.co_names
 
 
 def _with_logits(forward: Callable[..., Any], wish: _Wish, kwargs: dict[str, Any]) -> Any:

@@ -23,7 +23,9 @@ def count(what: str) -> None:
 
 
 def say(text: str) -> None:
-    """Print `text` the first time, in the first process of a distributed run."""
+    """Print `text` the first time, in the first process of a distributed run; nothing in a compiled graph."""
+    if torch.compiler.is_compiling():
+        return
     if text not in _said and os.environ.get("RANK", "0") == "0":
         print(text)
     _said.add(text)

@@ -102,6 +102,8 @@ def _making(theirs: Callable[..., None]) -> Callable[..., None]:
         _hook_batches(type(self))
         theirs(self, *args, **kwargs)
         count("trainer made")
+        if self.args.torch_compile:
+            say("posttrain: under torch.compile batches keep their padding, and prefixes aren't shared")
         attach(self.model)
 
     return __init__

@@ -115,7 +115,7 @@ def restore(model: nn.Module) -> None:
     causal = causal_lm(model)
     for module in causal.modules():
         if isinstance(module, Fused):
-            module.__class__ = _original(type(module))
+            module.__class__ = without(type(module), Fused)
             module.__dict__.pop(BITSANDBYTES_MATRIX, None)
     for mark in ("_posttrain_prepared", "_posttrain_head_obstacle"):
         causal.__dict__.pop(mark, None)
@@ -185,6 +185,17 @@ def _fused(original: Any, replacement: Any, activation: str | None = None) -> ty
     if issubclass(replacement, RotaryAttention):
         body["own"] = staticmethod(with_rope(_plain_forward(original)))
     return type(original.__name__, (replacement, original), body)
+
+
+def without(cls: Any, mixin: type) -> Any:
+    """`cls` without the class, derived from `mixin`, that stands before the original among its bases.
+
+    FSDP2 gives a module that it shards a class (FSDPModule, what it was), which can't be copied; ours is in the second.
+    """
+    first, second = cls.__bases__[:2]
+    if issubclass(first, mixin):
+        return second
+    return type(cls.__name__, (first, without(second, mixin)), {"__deepcopy__": vars(cls)["__deepcopy__"]})
 
 
 def _original(cls: type) -> type:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+_PLAIN = frozenset({Tensor, torch.nn.Parameter, float, int, bool, str, list, type(None)})
 _LIBRARY = torch.library.Library("posttrain", "DEF")
 
 
@@ -38,7 +39,7 @@ def define(
     torch.library.register_fake(qualified, fake, lib=_LIBRARY)
     registered = getattr(torch.ops.posttrain, name)
     if setup_context is None or backward is None:
-        return lambda *args: registered(*args) if _intercepted() else forward(*args)
+        return lambda *args: registered(*args) if _intercepted() else forward(*_plain(name, args))
 
     torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_LIBRARY)
     function: Any = type(
@@ -54,11 +55,24 @@ def define(
     def call(*args: Any) -> Any:
         if _intercepted():
             return registered(*args)
+        _plain(name, args)
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
             return function.apply(*args)
         return forward(*args)
 
     return call
+
+
+def _plain(name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """`args`, among which is no tensor that has its numbers in other tensors (DTensor): it has no memory to read."""
+    if not _PLAIN.issuperset(map(type, args)):
+        wrapped = next((arg for arg in args if hasattr(type(arg), "__tensor_flatten__")), None)
+        if wrapped is not None:
+            raise ValueError(
+                f"{name}: got a {type(wrapped).__name__} {list(wrapped.shape)}, and ops take plain tensors. FSDP2 "
+                "gathers a module's weights when the module is called; elsewhere give to_local() or full_tensor()"
+            )
+    return args
 
 
 def _intercepted() -> bool:

@@ -1,6 +1,8 @@
 """An op's two doors, the direct call and the registered operator, lead to the same implementation."""
 
+import pytest
 import torch
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from posttrain import ops
@@ -63,3 +65,11 @@ def test_meta_tensors_get_shapes_without_computing() -> None:
         q, k = ops.rope(torch.ones(1, 4, 6, 8), torch.ones(1, 2, 6, 8), torch.ones(1, 6, 8), torch.ones(1, 6, 8))
         assert [t.shape for t in (y, total, q, k)] == [(6, 20), (6, 20), (1, 4, 6, 8), (1, 2, 6, 8)]
         assert ops.swiglu(torch.ones(3, 5), torch.ones(3, 5)).shape == (3, 5)
+
+
+def test_tensors_without_memory_of_their_own_are_refused() -> None:
+    x, weight = _operands()
+    two = TwoTensor(weight.detach(), weight.detach())
+    for arguments in ((x, two), (two[None], weight)):
+        with pytest.raises(ValueError, match=r"rms_norm: got a TwoTensor \[.*ops take plain tensors"):
+            ops.rms_norm(*arguments, 1e-6)
