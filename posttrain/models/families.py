@@ -117,7 +117,12 @@ class RotaryAttention(Fused):
     def forward(
         self: Any, hidden_states: Tensor, *arguments: Any, inner: "Inner | None" = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """The attention of the states or, with `inner`, of its norm of them."""
+        """The attention of the states or, with `inner`, of its norm of them.
+
+        With `turns` q and k aren't rotated: the attention function does it, and gets the position embeddings, `angles`.
+        """
+        if kwargs.pop("turns", False):
+            kwargs |= {"angles": kwargs["position_embeddings"], "position_embeddings": (None, None)}
         group, norm = inner or (self.lora(), None)
         if group is not None and group.takes(hidden_states):
             q, k, v = group.layers
@@ -250,9 +255,16 @@ class SandwichNormLayer(Layer):
         return total + self.post_feedforward_layernorm(fed)
 
 
+def _rope(
+    q: Tensor, k: Tensor, cos: Tensor | None, sin: Tensor | None, unsqueeze_dim: int = 1
+) -> tuple[Tensor, Tensor]:
+    """`rope`; without angles nothing."""
+    return (q, k) if cos is None or sin is None else rope(q, k, cos, sin, unsqueeze_dim)
+
+
 def with_rope(forward: FunctionType) -> FunctionType:
     """A copy of an attention's `forward` in which the name `apply_rotary_pos_emb` means our op."""
-    names = {**forward.__globals__, "apply_rotary_pos_emb": rope}
+    names = {**forward.__globals__, "apply_rotary_pos_emb": _rope}
     copy = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
     copy.__kwdefaults__ = forward.__kwdefaults__
     return copy

@@ -12,7 +12,7 @@ from transformers import AttentionInterface
 
 from posttrain.models import head
 from posttrain.models.causal_lm import causal_lm, decoder
-from posttrain.ops import paged_attention, write_cache
+from posttrain.ops import backend_for, paged_attention, rope_cache, write_cache
 from posttrain.rollout.cache import KVCache, LayerShape, StepLayout, lay_out
 from posttrain.rollout.decoder import CompiledDecoder, Unusual
 from posttrain.rollout.evaluating import evaluating
@@ -61,7 +61,8 @@ class PagedRunner:
             return self.compiled(tokens, positions, rows, layout)
         causal = causal_lm(self._model)
         with evaluating(causal), RowByRow():
-            hidden = _forward(causal, tokens, positions, cache=self.cache, step=layout)
+            turns = backend_for("rope_cache", self.cache.keys[0]) == "cuda"
+            hidden = _forward(causal, tokens, positions, cache=self.cache, step=layout, turns=turns)
             return head(self._model).logits(hidden[rows])
 
     def split(self, sequence: Sequence, twins: list[Sequence]) -> None:
@@ -90,6 +91,7 @@ def attend(
     *,
     cache: KVCache | None = None,
     step: StepLayout | None = None,
+    angles: tuple[Tensor, Tensor] | None = None,
     shapes: dict[int, LayerShape] | None = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
@@ -99,7 +101,8 @@ def attend(
 ) -> tuple[Tensor, None]:
     """Attention of query `[1, Hq, T, D]` over the cache, once key and value `[1, Hkv, T, D]` are in it.
 
-    With `shapes` it only notes what its layer is.
+    With `angles`, cosines and sines `[1, T, R]`, query and key aren't rotated yet (posttrain/models/families.py). With
+    `shapes` it only notes what its layer is.
     """
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     if shapes is not None:
@@ -109,7 +112,10 @@ def attend(
         return q[None], None
     assert cache is not None and step is not None
     keys, values = cache.keys[module.layer_idx], cache.values[module.layer_idx]
-    write_cache(k, v, keys, values, step.slots)
+    if angles is None:
+        write_cache(k, v, keys, values, step.slots)
+    else:
+        q = rope_cache(q, k, v, angles[0][0], angles[1][0], keys, values, step.slots)
     out = paged_attention(
         q.contiguous(),
         keys,
