@@ -1,35 +1,25 @@
-"""lora_linear and lora_qkv: true to the reference, differentiable, one saved input, clear about wrong arguments."""
+"""lora_linear: true to the reference, differentiable, one saved input, clear about wrong arguments."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from lora_operands import operands, randn, several
 from tolerance import HALF, check
 from torch import Tensor
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from posttrain import ops
-from posttrain.ops import LoraLayer, lora_linear, lora_qkv, quantize_nf4, reference
+from posttrain.ops import LoraLayer, lora_linear, quantize_nf4, reference
 from posttrain.ops.lora_layer import Options, flatten
 from posttrain.ops.lora_products import project_gradient
 
 # rows, K, N, R
 SHAPES = [(0, 8, 8, 2), (1, 13, 7, 1), (63, 97, 40, 8), (100, 100, 129, 13), (1000, 64, 33, 64), (17, 40, 24, 256)]
 RANKS = (0, 1, 8, 13, 64, 256)
-
-
-def randn(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator).to(dtype)
-
-
-def operands(rows: int, k: int, n: int, rank: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """x, weight, A, B, bias, so small that gradients over many rows are still near 1."""
-    shapes = [(rows, k), (n, k), (rank, k), (n, rank), (n,)]
-    return [randn(*shape, seed=i, dtype=dtype) / 8 for i, shape in enumerate(shapes)]
 
 
 def of(op: Callable[..., Tensor], **options) -> Callable[..., Tensor]:
@@ -109,13 +99,6 @@ def test_gradcheck() -> None:
 
 
 # Several adapters
-
-
-def several(dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], Tensor]:
-    """x, weight, three adapters, bias; and the adapter of each row."""
-    x, weight, _, _, bias = operands(40, 30, 20, 4, dtype)
-    a, b = randn(3, 4, 30, seed=5, dtype=dtype), randn(3, 20, 4, seed=6, dtype=dtype)
-    return [x, weight, a, b, bias], torch.arange(40).remainder(4) - 1
 
 
 @pytest.mark.usefixtures("poison")
@@ -340,97 +323,6 @@ def test_gradcheck_of_dora() -> None:
     assert torch.autograd.gradcheck(op, inputs, eps=1e-6, atol=1e-8, rtol=1e-6)
 
 
-# lora_qkv
-
-
-def qkv(dtype: torch.dtype = torch.float32) -> tuple[Tensor, list[LoraLayer]]:
-    """x [2, 30, 20]; q and v with adapters, k without."""
-    x, weight, a, b, bias = operands(60, 20, 24, 6, dtype)
-    layers = [
-        LoraLayer(weight, a, b, 0.75, bias),
-        LoraLayer(weight[:8]),
-        LoraLayer(weight[8:16], a[:3], b[:8, :3], 2.0),
-    ]
-    return x.view(2, 30, 20), layers
-
-
-def of_layers(op: Callable, layers: Sequence[LoraLayer], **options) -> tuple[Callable, list[Tensor]]:
-    """`op` as a function of x and of the tensors of `layers`, and those tensors."""
-    fields = [[name for name in LoraLayer._fields if isinstance(getattr(layer, name), Tensor)] for layer in layers]
-
-    def call(x: Tensor, *tensors: Tensor):
-        rest = iter(tensors)
-        made = [layer._replace(**{n: next(rest) for n in names}) for layer, names in zip(layers, fields, strict=True)]
-        return op(x, *made, **options)
-
-    return call, [getattr(layer, n) for layer, names in zip(layers, fields, strict=True) for n in names]
-
-
-@pytest.mark.usefixtures("poison")
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_qkv_agrees_with_the_reference(dtype, dropout) -> None:
-    x, layers = qkv(dtype)
-    ours, tensors = of_layers(lora_qkv, layers, dropout=dropout, seed=2)
-    truth, _ = of_layers(reference.lora_qkv, layers, dropout=dropout, seed=2)
-    check(ours, truth, [x, *tensors])
-
-
-@pytest.mark.usefixtures("poison")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_qkv_of_a_normed_x(dtype) -> None:
-    x, layers = qkv(dtype)
-
-    def call(op):
-        return lambda x, w, *t: of_layers(partial(op, norm=(w, 1e-5)), layers)[0](x, *t)
-
-    check(call(lora_qkv), call(reference.lora_qkv), [x, 1 + x[0, 0], *of_layers(lora_qkv, layers)[1]])
-
-
-@pytest.mark.parametrize("dtype", HALF)
-def test_qkv_in_half_precision(dtype) -> None:
-    x, layers = qkv(dtype)
-
-    def peer(x, *layers):
-        return tuple(
-            functional.linear(x, w, bias)
-            + (0 if a is None else functional.linear(functional.linear(x, a), b) * scaling)
-            for w, a, b, scaling, bias in layers
-        )
-
-    ours, tensors = of_layers(lora_qkv, layers)
-    check(ours, of_layers(reference.lora_qkv, layers)[0], [x, *tensors], of_layers(peer, layers)[0])
-
-
-def test_qkv_gradcheck_also_where_one_output_is_unused() -> None:
-    x, layers = qkv(torch.float64)
-    ours, tensors = of_layers(lora_qkv, [layer._replace(weight=layer.weight[:, :5]) for layer in layers])
-    tensors = [t[..., :5] if t.shape[-1] == 20 else t for t in tensors]
-    inputs = [t.detach().clone().requires_grad_() for t in (x[:1, :3, :5], *tensors)]
-    assert torch.autograd.gradcheck(ours, inputs, eps=1e-6, atol=1e-8, rtol=1e-6)
-    assert torch.autograd.gradcheck(lambda *t: ours(*t)[2], inputs, eps=1e-6, atol=1e-8, rtol=1e-6)
-
-
-def test_qkv_gradcheck_through_the_norm() -> None:
-    x, (layer, *_) = qkv(torch.float64)
-    small = LoraLayer(layer.weight[:4, :5], layer.lora_a[:2, :5], layer.lora_b[:4, :2], 0.75)
-    op = lambda x, w, a: lora_qkv(x, small._replace(lora_a=a), small, small, norm=(w, 1e-5))  # noqa: E731
-    inputs = [t.clone().requires_grad_() for t in (8 * x[0, :4, :5], 1 + x[1, 0, :5], small.lora_a)]
-    assert torch.autograd.gradcheck(op, inputs, eps=1e-6, atol=1e-8, rtol=1e-6)
-
-
-def test_qkv_with_an_nf4_base_and_several_adapters() -> None:
-    inputs, adapter = several()
-    x, weight, a, b, bias = inputs
-    layers = [
-        LoraLayer(quantize_nf4(weight), a, b, (0.5, 1.0, 2.0), bias),
-        LoraLayer(quantize_nf4(weight[:8], nested=True), a[:, :2], b[:, :8, :2]),
-        LoraLayer(weight),
-    ]
-    ours, tensors = of_layers(lora_qkv, layers, adapter=adapter)
-    check(ours, of_layers(reference.lora_qkv, layers, adapter=adapter)[0], [x, *tensors])
-
-
 # Registration, errors
 
 
@@ -460,9 +352,6 @@ def test_opcheck(dtype) -> None:
         torch.library.opcheck(
             torch.ops.posttrain.lora_adapted_norm, [*(t.detach() if isinstance(t, Tensor) else t for t in layer), "cpu"]
         )
-    x, *layer, _ = flat(dtype)
-    norm = torch.ones(20, dtype=dtype, requires_grad=True)
-    torch.library.opcheck(torch.ops.posttrain.lora_qkv, (x, *layer, *layer, *layer, None, 0.0, 0, norm, 1e-6, "cpu"))
 
 
 def test_compiles_without_graph_breaks_to_the_same_bits() -> None:
@@ -539,12 +428,6 @@ def test_wrong_adapter_names() -> None:
         lora_linear(x, weight, a, b, adapter=adapter[1:])
     with pytest.raises(ValueError, match=r"adapter must be -1 \(none\) or one of 0 to 2, got 3"):
         lora_linear(x, weight, a, b, adapter=adapter + 1)
-    with pytest.raises(ValueError, match=r"lora_qkv: v: weight must be torch.float32"):
-        lora_qkv(x, LoraLayer(weight), LoraLayer(weight), LoraLayer(weight.half()))
-    with pytest.raises(ValueError, match=r"lora_qkv: the norm's weight must be \[30\] on cpu; got \[20\] on cpu"):
-        lora_qkv(x, *[LoraLayer(weight)] * 3, norm=(torch.ones(20), 1e-6))
-    with pytest.raises(ValueError, match=r"lora_qkv: the norm's weight must be floating, got torch.int64"):
-        lora_qkv(x, *[LoraLayer(weight)] * 3, norm=(torch.ones(30, dtype=torch.int64), 1e-6))
     with pytest.raises(ValueError, match=r"scaling must be 3 numbers, got 2"):
         lora_linear(x, weight, a, b, (1.0, 2.0), adapter=adapter)
 
@@ -553,6 +436,3 @@ def test_backends_can_be_forced() -> None:
     inputs = operands(20, 12, 10, 3)
     with ops.use_backend("reference"):
         assert torch.equal(of(lora_linear)(*inputs), of(reference.lora_linear)(*inputs))
-        x, layers = qkv()
-        for mine, true in zip(lora_qkv(x, *layers), reference.lora_qkv(x, *layers), strict=True):
-            assert torch.equal(mine, true)
