@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from posttrain import _C
-from posttrain.ops.backend import CUDA_DTYPES, cuda_kernels, cuda_stream
+from posttrain.ops.backend import CUDA_DTYPES, cuda_device, cuda_kernels, cuda_stream
 from posttrain.ops.logprob_problem import IGNORED, Grads, Needs, Problem, has_gradient
 
 ROWS, COLUMNS = 4096, 2048  # no more columns than kLogprobColumns of csrc/cuda/kernels.h
@@ -348,7 +348,12 @@ def _kernel(name: str, p: Problem, backend: str) -> Callable[..., None]:
     if backend == "cpu":
         return partial(getattr(_C, name), _wide(p).itemsize)
     kernel = getattr(cuda_kernels(p.hidden), f"cuda_{name}")
-    return partial(kernel, cuda_stream(p.hidden), CUDA_DTYPES[_factor(p, backend)])
+
+    def launch(*arguments: float) -> None:
+        with cuda_device(p.hidden):
+            kernel(cuda_stream(p.hidden), CUDA_DTYPES[_factor(p, backend)], *arguments)
+
+    return launch
 
 
 def _transform(p: Problem) -> tuple[float, float, float]:
