@@ -38,8 +38,6 @@ def rope_cache(
     """
     check_rope(q, k, cos, sin, 1)
     check_write(k, v, key_cache, value_cache, slots)
-    if q.ndim != 3:
-        raise ValueError(f"rope_cache: needs q [T, Hq, D], k and v [T, Hkv, D]; got q {list(q.shape)}")
     case = "" if key_cache.dtype == q.dtype else "caches of another dtype"
     if backend_for("rope_cache", q, case) != "cuda":
         q, k = rope(q, k, cos, sin)
