@@ -219,8 +219,22 @@ inline unsigned __umulhi(unsigned a, unsigned b) { return unsigned(uint64_t(a) *
 struct __half {
   uint16_t bits;
   __half() = default;
-  __half(float x) : bits(posttrain::emulation::bits_as<uint16_t>(_Float16(x))) {}
-  operator float() const { return float(posttrain::emulation::bits_as<_Float16>(bits)); }
+  __half(float x) {
+    const unsigned sign = __float_as_uint(x) >> 16 & 0x8000, u = __float_as_uint(x) & 0x7fffffff;
+    if (u > 0x7f800000)
+      bits = 0x7fff;
+    else if (u >= 0x477ff000)  // 65520, half way to what the next step would be
+      bits = sign | 0x7c00;
+    else if (u < 0x38800000)  // below 2^-14 in steps of 2^-24, which is what 0.5f has
+      bits = sign | (__float_as_uint(__uint_as_float(u) + 0.5f) - 0x3f000000);
+    else
+      bits = sign | (u - 0x38000000 + 0xfff + (u >> 13 & 1)) >> 13;
+  }
+  operator float() const {
+    const float magnitude = __uint_as_float((bits & 0x7fffu) << 13) * 0x1p112f;
+    const unsigned special = (bits & 0x7c00u) == 0x7c00 ? 0x7f800000 : 0;
+    return __uint_as_float(__float_as_uint(magnitude) | special | (bits & 0x8000u) << 16);
+  }
 };
 
 struct __nv_bfloat16 {
