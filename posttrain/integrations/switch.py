@@ -102,11 +102,22 @@ def _making(theirs: Callable[..., None]) -> Callable[..., None]:
         _hook_batches(type(self))
         theirs(self, *args, **kwargs)
         count("trainer made")
+        _refuse_parts_of_sequences(self.accelerator)
         if self.args.torch_compile:
             say("posttrain: under torch.compile batches keep their padding, and prefixes aren't shared")
         attach(self.model)
 
     return __init__
+
+
+def _refuse_parts_of_sequences(accelerator: Any) -> None:
+    """Raises `ValueError` where processes share the tokens of a sequence: our attention needs all of them."""
+    found = getattr(accelerator, "parallelism_config", None)
+    if found is not None and (found.cp_enabled or found.sp_enabled):
+        raise ValueError(
+            f"posttrain's attention takes whole sequences, and this trainer divides them (cp_size {found.cp_size}, "
+            f"sp_size {found.sp_size}); call posttrain.disable() before the model is loaded"
+        )
 
 
 def _hook_batches(trainer: type) -> None:

@@ -18,6 +18,7 @@ from trl.trainer import utils
 
 import posttrain
 from posttrain.integrations import counters
+from posttrain.integrations.switch import _refuse_parts_of_sequences
 from posttrain.integrations.trl_batches import methods
 from posttrain.models import prepare
 from posttrain.models.prepare import is_prepared
@@ -210,6 +211,19 @@ def test_a_model_made_from_a_configuration_gets_our_ops_with_its_trainer(enabled
     assert counters() == {"trainer made": 1, "model prepared": 1}
     posttrain.disable()
     assert not is_prepared(model)
+
+
+def test_parts_of_sequences_are_refused():
+    from accelerate import Accelerator, ParallelismConfig
+
+    accelerator = Accelerator(cpu=True)
+    _refuse_parts_of_sequences(accelerator)
+    accelerator.state.parallelism_config = ParallelismConfig(cp_size=2)
+    try:
+        with pytest.raises(ValueError, match=r"takes whole sequences.*\(cp_size 2, sp_size 1\)"):
+            _refuse_parts_of_sequences(accelerator)
+    finally:
+        accelerator.state.parallelism_config = None
 
 
 def test_other_models_are_left_alone_with_the_reason(enabled, capsys, tmp_path):
