@@ -164,6 +164,10 @@ __device__ void add_float_values(const Lines<float>& values, const float (&p)[kT
       }
 }
 
+struct Smaller {
+  __device__ int operator()(int a, int b) const { return min(a, b); }
+};
+
 // Whether sequences s - 1 and s have all keys of a split, in the same pages. A whole warp asks.
 __device__ bool shares(const PagedDecode& f, int s, int split, Lane at) {
   const int64_t first = int64_t(split) * kSplit, end = first + kSplit;
@@ -261,10 +265,12 @@ __global__ void __launch_bounds__(kThreads, 2) attend_kernel(PagedDecode f) {
   const int count = rows.count(), tiles = (count + 15) / 16;
 
   T* queries = reinterpret_cast<T*>(staged);
-  for (int i = threadIdx.x; i < 16 * tiles * kWidth; i += kThreads) {
-    const int row = i / kWidth, d = i % kWidth;
+#pragma unroll 2
+  for (int row = at.warp; row < 16 * tiles; row += kWarps) {
     const T* from = static_cast<const T*>(f.q) + rows.sequence(row) * f.q_token + rows.head(row) * f.q_head;
-    queries[row * kLine + d] = row < count && d < f.width ? from[d] : T(0.0f);
+#pragma unroll
+    for (int d = at.index; d < kWidth; d += 32)
+      queries[row * kLine + d] = row < count && d < f.width ? from[d] : T(0.0f);
   }
   int low[kTiles][2], oldest = begin;
 #pragma unroll
@@ -274,8 +280,8 @@ __global__ void __launch_bounds__(kThreads, 2) attend_kernel(PagedDecode f) {
       low[t][r] = f.window > 0 && row < count ? f.contexts[rows.sequence(row)] - f.window : 0;
     }
   if (f.window > 0) {
-    oldest = end;
-    for (int i = 0; i < rows.sequences; ++i) oldest = min(oldest, f.contexts[first + i] - f.window);
+    const int context_of = f.contexts[first + min(at.index, rows.sequences - 1)];  // of at most 32 sequences
+    oldest = reduce_warp(context_of, Smaller{}) - f.window;
   }
   __syncthreads();
 
@@ -340,6 +346,7 @@ __global__ void __launch_bounds__(kThreads, 2) attend_kernel(PagedDecode f) {
     f.part_top[rows.part(f, row)] = most;
     f.part_total[rows.part(f, row)] = total;
   }
+#pragma unroll 1
   for (int i = threadIdx.x; i < count * (kWidth / 4); i += kThreads) {
     const int row = i / (kWidth / 4), d = i % (kWidth / 4) * 4;
     if (d >= f.width || top(row) == -INFINITY) continue;
