@@ -15,31 +15,21 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+from trl_trainer import COMMON, history_of, in_turns, memory, skip_without_trl, trl_trainer
 
-from posttrain.bench.interleave import Comparison, Spread
-from posttrain.bench.memory import peaks, report_peaks
+from posttrain.bench.memory import report_peaks
 
-for _peer in ("datasets", "trl"):
-    if find_spec(_peer) is None:  # found, not imported: that would count as memory of ours
-        pytest.skip(f"compares with TRL, and {_peer} is not installed", allow_module_level=True)
-
-PROMPTS, GENERATIONS, SKIPPED, ROUNDS = 4, 8, 2, 3
+skip_without_trl()
+PROMPTS, GENERATIONS, SKIPPED = 4, 8, 2
 SHAPE = {"vocab_size": 8192, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4}
-COMMON = {
+SETTINGS = {
     "learning_rate": 1e-5,
-    "lr_scheduler_type": "constant",
     "per_device_train_batch_size": PROMPTS * GENERATIONS,
     "num_generations": GENERATIONS,
-    "logging_steps": 1,
-    "gradient_checkpointing": False,
-    "bf16": False,
-    "use_cpu": not torch.cuda.is_available(),
-    "disable_tqdm": True,
 }
 SIZES = {"short prompts": (12, 64), "long prompts": (256, 32)}  # tokens of a prompt and of a completion
 
@@ -88,63 +78,16 @@ def our_trainer(folder, size, steps=8):
         max_tokens_per_batch=PROMPTS * GENERATIONS * (prompt + completion),
         log_completions=False,
         **COMMON,
+        **SETTINGS,
     )
-    return GRPOTrainer(str(folder), even, args, rows(prompt))
+    return GRPOTrainer(folder, even, args, rows(prompt))
 
 
-def trl_trainer(folder, size, steps=8):
-    """TRL's, with the times of its steps in `step_times`."""
-    from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
-
-    times = []
-
-    class Clock(TrainerCallback):
-        def on_step_begin(self, *args, **kwargs):
-            times.append(-time.perf_counter())
-
-        def on_step_end(self, *args, **kwargs):
-            times[-1] += time.perf_counter()
-
+def their_trainer(folder, size, steps=8):
+    """TRL's."""
     prompt, completion = SIZES[size]
-    trainer = GRPOTrainer(
-        AutoModelForCausalLM.from_pretrained(folder, dtype="float32"),
-        even,
-        args=GRPOConfig(
-            output_dir=tempfile.mkdtemp(),
-            max_steps=steps,
-            max_completion_length=completion,
-            save_strategy="no",
-            report_to="none",
-            dataloader_pin_memory=False,
-            **COMMON,
-        ),
-        train_dataset=Dataset.from_list(rows(prompt)),
-        processing_class=AutoTokenizer.from_pretrained(folder),
-        callbacks=[Clock()],
-    )
-    trainer.step_times = times
-    return trainer
-
-
-def run_ours(folder, size):
-    """(seconds of each step, mean tokens of a completion)."""
-    trainer = our_trainer(folder, size)
-    trainer.train()
-    history = [record for record in trainer.log_history if "loss" in record]
-    return [record["step_time"] for record in history][SKIPPED:], _length(history)
-
-
-def run_trl(folder, size):
-    """(seconds of each step, mean tokens of a completion)."""
-    trainer = trl_trainer(folder, size)
-    trainer.train()
-    return trainer.step_times[SKIPPED:], _length([r for r in trainer.state.log_history if "loss" in r])
-
-
-def _length(history):
-    return statistics.mean(float(record["completions/mean_length"]) for record in history)
+    settings = SETTINGS | {"max_steps": steps, "max_completion_length": completion}
+    return trl_trainer("GRPO", folder, rows(prompt), even, **settings)
 
 
 def floor(size):
@@ -178,39 +121,27 @@ def floor(size):
 
 @pytest.mark.parametrize(("size", "limit"), [("short prompts", 2.5), ("long prompts", 8.0)])
 def test_speed(size, limit, publish):
-    folder = model_folder()
-    systems = {"trl": run_trl, "posttrain": run_ours}
-    seconds, lengths = {name: [] for name in systems}, {name: [] for name in systems}
-    for _ in range(ROUNDS):
-        for name, run in systems.items():
-            times, length = run(folder, size)
-            seconds[name].append(statistics.median(times))
-            lengths[name].append(length)
-    ratios = {name: [a / b for a, b in zip(seconds["trl"], s, strict=True)] for name, s in seconds.items()}
-    comparison = Comparison(
-        "trl",
-        {name: Spread.of(s) for name, s in seconds.items()},
-        {name: Spread.of(r) for name, r in ratios.items()},
-    )
+    folder = str(model_folder())
+    systems = {"trl": lambda: their_trainer(folder, size), "posttrain": lambda: our_trainer(folder, size)}
+    comparison, trained = in_turns(systems, SKIPPED)
+    lengths = {
+        name: statistics.mean(float(record["completions/mean_length"]) for record in history_of(trainer))
+        for name, trainer in trained.items()
+    }
     least = floor(size)
-    facts = {f"{name} tokens of a completion": statistics.mean(found) for name, found in lengths.items()}
+    facts = {f"{name} tokens of a completion": found for name, found in lengths.items()}
     facts |= {"GEMM floor (ms)": 1e3 * least}
-    facts |= {f"{name} against the floor": statistics.median(s) / least for name, s in seconds.items()}
+    facts |= {f"{name} against the floor": time.median / least for name, time in comparison.seconds.items()}
     prompt, completion = SIZES[size]
     title = f"GRPO, {PROMPTS} prompts of {prompt} x {GENERATIONS} completions of {completion}, per step"
     publish(f"grpo-{size.replace(' ', '-')}", title, comparison, **facts)
-    assert abs(facts["trl tokens of a completion"] / facts["posttrain tokens of a completion"] - 1) < 0.02
+    assert abs(lengths["trl"] / lengths["posttrain"] - 1) < 0.02
     assert comparison.speedup["posttrain"].median >= limit
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("size", SIZES)
 def test_memory(size, report):
-    folder = str(model_folder())
-    found = {}
-    for name in ("trl", "our"):
-        setup = f"import bench_grpo as b\nb.{name}_trainer({folder!r}, {size!r}, 2).train()\n"
-        setup += f"trainer = b.{name}_trainer({folder!r}, {size!r})"
-        found["posttrain" if name == "our" else name] = peaks(setup, "trainer.train()")
+    found = memory("bench_grpo", str(model_folder()), size)
     beyond = report_peaks(report, f"grpo-memory-{size.replace(' ', '-')}", f"GRPO, {size}", found)
     assert beyond["posttrain"] <= 0.5 * beyond["trl"]

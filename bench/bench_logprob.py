@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from posttrain.bench import peers
+from posttrain.bench.case import Unavailable
 from posttrain.bench.cases.logprob import ours, plain
 from posttrain.bench.interleave import interleave
 from posttrain.bench.memory import peak_bytes, peak_of
@@ -53,7 +54,7 @@ for _name, _maker in {
 }.items():
     try:
         LOSSES[_name] = _maker(None)
-    except (ImportError, RuntimeError) as _error:
+    except (ImportError, Unavailable) as _error:
         print(f"{_name}: {_error}")
 
 

@@ -15,35 +15,27 @@ import random
 import statistics
 import sys
 import tempfile
-import time
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-import torch
+from trl_trainer import (
+    COMMON,
+    history_of,
+    largest_difference,
+    memory,
+    skip_without_trl,
+    step_times,
+    trl_trainer,
+)
 
-from posttrain.bench.interleave import Comparison, Spread
-from posttrain.bench.memory import peaks, report_peaks
+from posttrain.bench.interleave import Comparison
+from posttrain.bench.memory import report_peaks
 from posttrain.data.share import keep_apart
 
-for _peer in ("datasets", "trl"):
-    if find_spec(_peer) is None:  # found, not imported: that would count as memory of ours
-        pytest.skip(f"compares with TRL, and {_peer} is not installed", allow_module_level=True)
-
+skip_without_trl()
 ROOT = Path(__file__).parents[1]
 STEPS, SKIPPED, ROUNDS = 18, 3, 3
-COMMON = {
-    "learning_rate": 1e-3,
-    "lr_scheduler_type": "constant",
-    "max_steps": STEPS,
-    "max_length": 256,
-    "logging_steps": 1,
-    "gradient_checkpointing": False,
-    "bf16": False,
-    "use_cpu": not torch.cuda.is_available(),
-    "train_sampling_strategy": "sequential",
-    "disable_tqdm": True,
-}
+SETTINGS = {"learning_rate": 1e-3, "max_length": 256, "train_sampling_strategy": "sequential"}
 
 
 def conversations(count=384):
@@ -75,125 +67,69 @@ def model_folder():
     return folder
 
 
-def our_trainer(folder, packing, rows=None):
+def our_trainer(folder, packing, rows=None, steps=STEPS):
     """posttrain's trainer, ready to train."""
     from posttrain import SFTConfig, SFTTrainer
 
-    args = SFTConfig(output_dir=tempfile.mkdtemp(), packing=packing, **_batch(packing), **COMMON)
-    return SFTTrainer(str(folder), args, rows or conversations())
+    args = SFTConfig(output_dir=tempfile.mkdtemp(), max_steps=steps, **_batch(packing), **COMMON, **SETTINGS)
+    return SFTTrainer(folder, args, rows or conversations())
 
 
-def trl_trainer(folder, packing, rows=None):
-    """TRL's, with the times of its steps in `step_times`."""
-    from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-    from trl import SFTConfig, SFTTrainer
-
-    times = []
-
-    class Clock(TrainerCallback):
-        def on_step_begin(self, *args, **kwargs):
-            times.append(-time.perf_counter())
-
-        def on_step_end(self, *args, **kwargs):
-            times[-1] += time.perf_counter()
-
-    trainer = SFTTrainer(
-        AutoModelForCausalLM.from_pretrained(folder, dtype="float32"),
-        SFTConfig(
-            output_dir=tempfile.mkdtemp(),
-            packing=packing,
-            save_strategy="no",
-            report_to="none",
-            dataloader_pin_memory=False,
-            **_batch(packing),
-            **COMMON,
-        ),
-        train_dataset=Dataset.from_list(rows or conversations()),
-        processing_class=AutoTokenizer.from_pretrained(folder),
-        callbacks=[Clock()],
-    )
-    trainer.step_times = times
-    return trainer
+def their_trainer(folder, packing, rows=None, steps=STEPS):
+    """TRL's."""
+    settings = SETTINGS | {"max_steps": steps} | _batch(packing)
+    return trl_trainer("SFT", folder, rows or conversations(), **settings)
 
 
 def _batch(packing):
-    return {"per_device_train_batch_size": 8 if packing else 16}
+    return {"packing": packing, "per_device_train_batch_size": 8 if packing else 16}
 
 
-def run_ours(folder, packing, rows=None):
-    """(tokens per second, losses)."""
-    trainer = our_trainer(folder, packing, rows)
-    trainer.train()
-    history = [record for record in trainer.log_history if "loss" in record]
-    return _speed(history, [record["step_time"] for record in history]), [record["loss"] for record in history]
-
-
-def run_trl(folder, packing, rows=None):
-    """(tokens per second, losses)."""
-    trainer = trl_trainer(folder, packing, rows)
-    trainer.train()
-    history = [record for record in trainer.state.log_history if "loss" in record]
-    return _speed(history, trainer.step_times), [float(record["loss"]) for record in history]
-
-
-def run_copies(folder, packing, rows):
-    """As `run_ours`, with every example's own copy of its prompt."""
+def with_copies(folder, packing, rows, steps):
+    """As `our_trainer`, with every example's own copy of its prompt."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("posttrain.train.source.share_prefixes", keep_apart)
-        return run_ours(folder, packing, rows)
+        return our_trainer(folder, packing, rows, steps)
 
 
-def _speed(history, step_times):
-    tokens = history[-1]["num_tokens"] - history[SKIPPED - 1]["num_tokens"]
-    return tokens / sum(step_times[SKIPPED:])
-
-
-def compare(systems, packing, rows=None):
-    """(comparison with TRL, median tokens per second, losses of the last round) of systems that take turns."""
-    folder = model_folder()
-    speeds = {name: [] for name in systems}
-    losses = {}
+def compare(systems, packing, rows=None, steps=STEPS):
+    """(comparison with TRL of 1000 tokens, median tokens per second, last trainers) of systems that take turns."""
+    folder = str(model_folder())
+    speeds, trained = {name: [] for name in systems}, {}
     for _ in range(ROUNDS):
-        for name, run in systems.items():
-            speed, losses[name] = run(folder, packing, rows)
-            speeds[name].append(speed)
-    ratios = {name: [a / b for a, b in zip(s, speeds["trl"], strict=True)] for name, s in speeds.items()}
-    seconds = {name: Spread.of([1e3 / v for v in s]) for name, s in speeds.items()}  # of 1000 tokens
-    comparison = Comparison("trl", seconds, {name: Spread.of(r) for name, r in ratios.items()})
-    return comparison, {f"{name} tokens/s": statistics.median(s) for name, s in speeds.items()}, losses
+        for name, make in systems.items():
+            trained[name] = make(folder, packing, rows, steps)
+            trained[name].train()
+            history = history_of(trained[name])
+            tokens = history[-1]["num_tokens"] - history[SKIPPED - 1]["num_tokens"]
+            speeds[name].append(tokens / sum(step_times(trained[name], SKIPPED)))
+    comparison = Comparison.of("trl", {name: [1e3 / speed for speed in found] for name, found in speeds.items()})
+    return comparison, {f"{name} tokens/s": statistics.median(found) for name, found in speeds.items()}, trained
 
 
 @pytest.mark.parametrize(("packing", "limit"), [(False, 2.0), (True, 1.2)], ids=["no packing", "packing"])
 def test_speed(packing, limit, publish):
-    comparison, facts, losses = compare({"trl": run_trl, "posttrain": run_ours}, packing)
+    comparison, facts, trained = compare({"trl": their_trainer, "posttrain": our_trainer}, packing)
     name = "sft-packing" if packing else "sft"
     publish(name, f"SFT {'with' if packing else 'without'} packing, per 1000 tokens", comparison, **facts)
     if not packing:  # with packing, the bins of the two differ
-        assert max(abs(a - b) for a, b in zip(losses["trl"], losses["posttrain"], strict=True)) <= 1e-4
+        assert largest_difference(trained) <= 1e-4
     assert comparison.speedup["posttrain"].median >= limit
 
 
-def test_shared_prompts(publish, monkeypatch):
-    monkeypatch.setitem(COMMON, "max_steps", 8)
-    systems = {"trl": run_trl, "posttrain": run_ours, "posttrain, copies of prompts": run_copies}
-    comparison, facts, losses = compare(systems, False, completions(16))
+def test_shared_prompts(publish):
+    systems = {"trl": their_trainer, "posttrain": our_trainer, "posttrain, copies of prompts": with_copies}
+    comparison, facts, trained = compare(systems, False, completions(16), steps=8)
     publish("sft-shared-prompts", "SFT with 8 completions per prompt, per 1000 tokens", comparison, **facts)
     for system in systems:
-        assert max(abs(a - b) for a, b in zip(losses["trl"], losses[system], strict=True)) <= 1e-4
+        assert largest_difference(trained, system) <= 1e-4
     assert facts["posttrain tokens/s"] >= 2 * facts["posttrain, copies of prompts tokens/s"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("packing", [False, True], ids=["no packing", "packing"])
 def test_memory(packing, report):
-    folder = str(model_folder())
-    found = {}
-    for name in ("trl", "our"):
-        setup = f"import bench_sft as b\nb.COMMON['max_steps'] = 2\nb.{name}_trainer({folder!r}, {packing}).train()\n"
-        setup += f"b.COMMON['max_steps'] = b.STEPS\ntrainer = b.{name}_trainer({folder!r}, {packing})"
-        found["posttrain" if name == "our" else name] = peaks(setup, "trainer.train()")
-    beyond = report_peaks(
-        report, f"sft-memory{'-packing' if packing else ''}", f"SFT {'with' if packing else 'without'} packing", found
-    )
+    found = memory("bench_sft", str(model_folder()), packing)
+    name, title = ("sft-memory-packing", "SFT with packing") if packing else ("sft-memory", "SFT without packing")
+    beyond = report_peaks(report, name, title, found)
     assert beyond["posttrain"] <= 0.7 * beyond["trl"]

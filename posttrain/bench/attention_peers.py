@@ -11,7 +11,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
 
-from posttrain.bench.case import Arguments, Function, Problem, Way
+from posttrain.bench.case import Arguments, Function, Problem, Unavailable, Way
 from posttrain.bench.device import DEVICE, GPU
 from posttrain.bench.peers import Makers, on_a_gpu
 
@@ -73,9 +73,9 @@ def flex(problem: Problem) -> Function:
 
 def torch_varlen(problem: Problem) -> Function:
     """torch's own packed attention."""
+    on_a_gpu()
     from torch.nn.attention.varlen import varlen_attn
 
-    on_a_gpu()
     bounds, longest = _bounds(problem)
     grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
     options: dict[str, Any] = {"window_size": (-1, 0), **grouped}
@@ -137,7 +137,7 @@ def prefix_grouper(problem: Problem) -> Function:
 def _sequences(problem: Problem) -> list[int]:
     """Lengths of independent sequences. Raises for a shared prompt, which only copies could bring there."""
     if problem.context.shared:
-        raise RuntimeError("can't share a prompt; plain PyTorch is its time on copies")
+        raise Unavailable("can't share a prompt; plain PyTorch is its time on copies")
     return problem.context.lengths
 
 

@@ -21,6 +21,10 @@ Function = Callable[..., Any]
 FORWARD, BOTH = "forward", "forward+backward"
 
 
+class Unavailable(RuntimeError):
+    """A peer has nothing for this device or problem; the message says what."""
+
+
 class Work(NamedTuple):
     """Least work of a pass: arithmetic operations, and bytes read and written."""
 

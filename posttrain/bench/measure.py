@@ -24,6 +24,7 @@ from posttrain.bench.case import (
     BOTH,
     Case,
     Problem,
+    Unavailable,
     Way,
     copied,
     leaves_of,
@@ -100,6 +101,8 @@ def _tables(case: Case, rounds: int, peers: bool) -> dict[str, Table]:
 
 def describe(error: BaseException) -> str:
     """An error in one short line."""
+    if isinstance(error, Unavailable):
+        return str(error)
     if isinstance(error, ImportError):
         return f"not installed: {error}"
     return f"fails: {type(error).__name__} {' '.join(str(error).split())[:160]}"

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import torch
 from torch.nn import functional
 
-from posttrain.bench.case import Function, Problem, Way, copied
+from posttrain.bench.case import Function, Problem, Unavailable, Way, copied
 from posttrain.bench.device import GPU
 
 Makers = Mapping[str, Callable[[Problem], Way | Function]]
@@ -26,7 +26,7 @@ def compiled(problem: Problem) -> Function:
 def on_a_gpu() -> None:
     """Raise for a peer that has no code for the CPU."""
     if not GPU:
-        raise RuntimeError("runs on GPUs only")
+        raise Unavailable("runs on GPUs only")
 
 
 def torch_rms_norm(problem: Problem) -> Function:
@@ -36,33 +36,33 @@ def torch_rms_norm(problem: Problem) -> Function:
 
 def liger_rms_norm(problem: Problem) -> Function:
     """Liger's, out of place, since its arguments are used again."""
+    on_a_gpu()
     from liger_kernel.transformers.functional import liger_rms_norm as function
 
-    on_a_gpu()
     return lambda x, weight: function(x, weight, 1e-6, in_place=False)
 
 
 def liger_add_rms_norm(problem: Problem) -> Function:
     """Liger's, with the residual added."""
+    on_a_gpu()
     from liger_kernel.transformers.functional import liger_fused_add_rms_norm as function
 
-    on_a_gpu()
     return lambda x, weight, residual: function(x, residual, weight, 1e-6, in_place=False)
 
 
 def quack_rms_norm(problem: Problem) -> Function:
     """quack's."""
+    on_a_gpu()
     from quack import rmsnorm
 
-    on_a_gpu()
     return lambda x, weight: rmsnorm(x, weight, eps=1e-6)
 
 
 def quack_add_rms_norm(problem: Problem) -> Function:
     """quack's, with the residual added and given back."""
+    on_a_gpu()
     from quack import rmsnorm
 
-    on_a_gpu()
     return lambda x, weight, residual: rmsnorm(x, weight, residual=residual, eps=1e-6, prenorm=True)
 
 
@@ -75,9 +75,9 @@ def unsloth_rms_norm(problem: Problem) -> Function:
 
 def liger_rope(problem: Problem) -> Way:
     """Liger's."""
+    on_a_gpu()
     from liger_kernel.transformers.functional import liger_rope as function
 
-    on_a_gpu()
     return Way(function, prepare=copied)
 
 
@@ -90,17 +90,17 @@ def unsloth_rope(problem: Problem) -> Way:
 
 def liger_swiglu(problem: Problem) -> Way:
     """Liger's; its backward overwrites its arguments, so it has its own."""
+    on_a_gpu()
     from liger_kernel.transformers.functional import liger_swiglu as function
 
-    on_a_gpu()
     return Way(function, prepare=copied)
 
 
 def liger_geglu(problem: Problem) -> Way:
     """Liger's; its backward overwrites its arguments, so it has its own."""
+    on_a_gpu()
     from liger_kernel.transformers.functional import liger_geglu as function
 
-    on_a_gpu()
     return Way(function, prepare=copied)
 
 
@@ -114,9 +114,9 @@ def torch_linear_cross_entropy(problem: Problem) -> Function:
 
 def liger_linear_cross_entropy(problem: Problem) -> Function:
     """Liger's fused one."""
+    on_a_gpu()
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as function
 
-    on_a_gpu()
     return lambda x, weight, y: function(x, weight, y, reduction="sum")
 
 
@@ -138,7 +138,7 @@ def trl_logprob(problem: Problem) -> Function:
 
 def quack_linear_cross_entropy(problem: Problem) -> Function:
     """quack's chunked one."""
+    on_a_gpu()
     from quack.linear_cross_entropy import chunked_linear_cross_entropy
 
-    on_a_gpu()
     return lambda x, weight, y: chunked_linear_cross_entropy(x, weight, y, reduction="sum")

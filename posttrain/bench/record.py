@@ -97,8 +97,16 @@ def circumstances() -> dict[str, Any]:
         "cuda": torch.version.cuda if GPU else None,
         "isa": _C.isa(),
         "threads": torch.get_num_threads(),
+        "load": busy(),
         "versions": versions,
     }
+
+
+def busy() -> float | None:
+    """Share of the cores that processes wanted during the last minute, this one among them; None if unknown."""
+    if not hasattr(os, "getloadavg"):
+        return None
+    return round(os.getloadavg()[0] / (os.cpu_count() or 1), 2)
 
 
 def _versions() -> dict[str, str]:

@@ -16,11 +16,13 @@ from posttrain.bench.cases import CASES
 from posttrain.bench.compare import compare
 from posttrain.bench.device import GPU, Roofline, measure_roofline
 from posttrain.bench.measure import OURS, PLAIN, NotMeasured, Table, measure
-from posttrain.bench.record import circumstances, earlier_run, run_file
+from posttrain.bench.record import busy, circumstances, earlier_run, run_file
 from posttrain.bench.results import read
 from posttrain.bench.shapes import SUITES
 
 _HEAD = f"{'':<28}{'ms':>10}{'p20':>10}{'p80':>10}{'speed':>8}{'TFLOP/s':>9}{'GB/s':>8}{'roof':>6}{'error':>9}{'MB':>9}"
+
+_BUSY = 0.6  # of the cores, by the load before the run
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,9 @@ class Session:
     def _measured(self, case: Case) -> dict[str, Table] | NotMeasured:
         """A case's tables, or why there are none."""
         if self._roofline is None:
+            load = busy()
+            if not GPU and load is not None and load > _BUSY:
+                self._lines.append(f"other processes want {load:.1f} times the cores there are: expect noise")
             self._roofline = measure_roofline()
             copy, gemm = self._roofline
             self._lines += [f"roofline of this device: {gemm / 1e12:.3g} TFLOP/s, {copy / 1e9:.3g} GB/s", _HEAD]
