@@ -12,7 +12,6 @@ from posttrain import _C
 from posttrain.ops.backend import cuda_device, cuda_kernels, cuda_stream
 from posttrain.ops.library import define
 
-
 _BUILT = _C.with_cuda()
 
 
