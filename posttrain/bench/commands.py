@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from posttrain.train.config import ConfigError
+from posttrain.train.config import ConfigError, check_writable
 
 
 def add_command(commands: Any) -> None:
@@ -34,12 +34,14 @@ def _bench(options: argparse.Namespace) -> int:
     import pytest
 
     from posttrain.bench.cases import CASES
+    from posttrain.bench.record import device_folder
     from posttrain.bench.session import Selection, Session
     from posttrain.bench.shapes import SUITES
 
     _check("op", options.words, CASES)
     suite = options.suite or Selection.suite
     _check("suite", [suite], SUITES)
+    check_writable(device_folder(options.out))
     session = Session(Selection(tuple(options.words), suite, options.peers, options.out))
     arguments = ["-q", "--no-header", "--tb=short", "--import-mode=importlib", "-p", "no:cacheprovider"]
     arguments += ["--rootdir", str(Path.cwd()), "-c", os.devnull, "--benchmark-quiet", "-W", "ignore"]

@@ -83,6 +83,13 @@ def test_unknown_names_are_one_line(arguments, line, capsys):
     assert error.startswith(f"posttrain: error: {line}") and error.count("\n") == 1
 
 
+def test_a_folder_that_cannot_be_made_is_an_error_before_anything_is_measured(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(["bench", "rope", "--out", str(tmp_path / "file")]) == 2
+    error = capsys.readouterr().err
+    assert f"{tmp_path / 'file'} is not a folder" in error and error.count("\n") == 1
+
+
 def test_results_go_into_the_current_folder_where_the_checkout_is_not_writable(monkeypatch, tmp_path):
     monkeypatch.delenv("OUT", raising=False)
     monkeypatch.setattr(record, "_ROOT", tmp_path)
