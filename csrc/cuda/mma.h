@@ -1,9 +1,9 @@
 // Products of half precision on tensor cores, m16n8k16.
 //
 // With g = lane / 4 and t = lane % 4 a lane holds of a [16, 16] the elements 2t, 2t+1 of rows g (x) and g + 8 (y), and
-// 2t+8, 2t+9 of the same (z, w); of b [16, 8], column g, the same elements (x, y); of d [16, 8] columns 2t, 2t+1 of rows
-// g (0, 1) and g + 8 (2, 3). Sums over k may run in any order: what lies next to each other in memory may be elements
-// 2t, 2t+1, 2t+8, 2t+9 for all that the result cares, as long as a and b agree.
+// 2t+8, 2t+9 of the same (z, w); of b [16, 8], column g, the same elements (x, y); of d [16, 8] columns 2t, 2t+1 of
+// rows g (0, 1) and g + 8 (2, 3). Sums over k may run in any order: what lies next to each other in memory may be
+// elements 2t, 2t+1, 2t+8, 2t+9 for all that the result cares, as long as a and b agree.
 #pragma once
 
 #include "cuda/device.h"

@@ -1,14 +1,14 @@
-// NF4 matrices on a GPU (posttrain/ops/nf4_weight.py describes the format): dequantisation, and the product with up to 16
-// rows, to which a LoRA adapter's part may be added in the same launch: y = base + x W^T + s (x A^T) B^T.
+// NF4 matrices on a GPU (posttrain/ops/nf4_weight.py describes the format): dequantisation, and the product with up to
+// 16 rows, to which a LoRA adapter's part may be added in the same launch: y = base + x W^T + s (x A^T) B^T.
 //
-// In half precision the product runs on tensor cores (cuda/rows_product.h). A byte holds neighbours of a row, and so does
-// a register of mma's operand: a table of the 256 bytes gives the registers, once for each of 16 lanes, so that no two
-// lanes of a half warp meet in a bank. The code is the sum of two numbers of half precision, 2^-17 of the truth; x is
-// exact and so are the products. The absmax multiplies the float32 sums of its block.
+// In half precision the product runs on tensor cores (cuda/rows_product.h). A byte holds neighbours of a row, and so
+// does a register of mma's operand: a table of the 256 bytes gives the registers, once for each of 16 lanes, so that no
+// two lanes of a half warp meet in a bank. The code is the sum of two numbers of half precision, 2^-17 of the truth; x
+// is exact and so are the products. The absmax multiplies the float32 sums of its block.
 //
-// The first blocks make u = s x A^T, eight ranks each, while the others multiply with W; these then wait for u, which has
-// long been there, and add u B^T. Blocks are numbered as they start, so those that are waited for run already: waiting
-// always ends. The last block to leave sets the counters back to 0.
+// The first blocks make u = s x A^T, eight ranks each, while the others multiply with W; these then wait for u, which
+// has long been there, and add u B^T. Blocks are numbered as they start, so those that are waited for run already:
+// waiting always ends. The last block to leave sets the counters back to 0.
 #include "nf4.h"
 
 #include "cuda/rows_product.h"
@@ -89,7 +89,8 @@ __global__ void __launch_bounds__(kDequantizeThreads)
 #pragma unroll
   for (int j = 0; j < kWordsTogether; ++j) {
     const int64_t at = 8 * (start + j * kDequantizeThreads);
-    if (at < end) store_word(word[j], absmax[j], code, out + (at - first), max(first - at, int64_t{0}), min(end - at, int64_t{8}));
+    if (at >= end) continue;
+    store_word(word[j], absmax[j], code, out + (at - first), max(first - at, int64_t{0}), min(end - at, int64_t{8}));
   }
 }
 
@@ -163,6 +164,7 @@ constexpr int kSlots = 16;                     // copies of the table
 constexpr int kDepth = 64;                     // ranks that are added at a time
 
 // 32 rows of W. Lane l has the absmax of row l.
+template <class T>
 struct Nf4Rows {
   const Nf4& w;
   const uint2* table;
@@ -193,8 +195,7 @@ struct Nf4Rows {
     return p;
   }
 
-  template <class T>
-  __device__ void multiply_by_as(const Rows& x, const Piece& p, float (&sums)[kTiles][4]) const {
+  __device__ void multiply_by(const Rows& x, const Piece& p, float (&sums)[kTiles][4]) const {
     const int t = threadIdx.x % 4;
 #pragma unroll
     for (int j = 0; j < kTiles; ++j) {
@@ -210,14 +211,6 @@ struct Nf4Rows {
 #pragma unroll
       for (int i = 0; i < 4; ++i) sums[j][i] = fmaf(products[i], i % 2 ? odd : even, sums[j][i]);
     }
-  }
-};
-
-template <class T>
-struct Nf4RowsAs : Nf4Rows {
-  using Nf4Rows::Nf4Rows;
-  __device__ void multiply_by(const Rows& x, const Piece& p, float (&sums)[kTiles][4]) const {
-    multiply_by_as<T>(x, p, sums);
   }
 };
 
@@ -302,7 +295,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
   const int64_t first = (block - makers) * kTile;
   float sums[kTiles][4] = {};
-  const Nf4RowsAs<T> rows_of_w(w, table, shift, first, product.height, product.width);
+  const Nf4Rows<T> rows_of_w(w, table, shift, first, product.height, product.width);
   const auto prepare = [&] {
     fill_table<T>(table);
     if (makers) stage_factor(adapter, first, product.height, 0, factor);
