@@ -6,7 +6,7 @@ caller's shape. What comes after the decoder, the language head and the loss, is
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -54,11 +54,14 @@ def shared_prefix(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def shared_where_possible(*models: nn.Module | None) -> Iterator[None]:
     """The same for trainers that haven't asked for it: what can't be shared runs as always, counted with the reason."""
-    causals = [causal_lm(model) for model in models if model is not None and is_prepared(model)]
-    if not causals:
-        yield
-        return
-    with shared_where_possible(*causals[1:]), _replaced(causals[0], strict=False):
+    with ExitStack() as replaced:
+        for model in models:
+            if model is None or not is_prepared(model):
+                continue
+            try:
+                replaced.enter_context(_replaced(causal_lm(model), strict=False))
+            except ModelError as problem:
+                count(f"model left alone: {problem}")
         yield
 
 

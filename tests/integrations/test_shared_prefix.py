@@ -10,6 +10,7 @@ import posttrain
 from posttrain.integrations import counters
 from posttrain.integrations.counting import forget
 from posttrain.integrations.regroup import regroup
+from posttrain.integrations.shared_prefix import shared_where_possible
 from posttrain.models import ModelError, prepare
 
 BATCHES = {"left": lambda: padded("left"), "right": lambda: padded("right"), "padding-free": padding_free}
@@ -181,3 +182,23 @@ def test_other_attention_is_refused():
     prepare(model, attention=False)
     with pytest.raises(ModelError, match="LlamaForCausalLM is 'sdpa'"), posttrain.shared_prefix(model):
         pass
+
+
+def test_trainers_share_where_it_is_possible(capsys):
+    from peft import PromptTuningConfig, get_peft_model
+
+    model, other, batch = tiny("llama"), tiny("llama"), padded("right")
+    prepare(model)
+    prepare(other)
+    tuned = get_peft_model(other, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    expected = model(**batch).logits
+    forget()
+    with shared_where_possible(model, None, tiny("qwen3"), tuned):
+        assert model(**batch, output_hidden_states=True).hidden_states[0].shape == (6, 29, 64)
+        assert torch.equal(model(**batch, use_cache=True).logits, expected)
+        model(**batch)
+    left = [what for what in counters() if "left" in what]
+    assert len(left) == 3 and counters()["batch with shared prefixes"] == 1
+    assert any("puts tokens of its own before every sequence" in what for what in left)
+    assert "a batch is left as it is: the forward has a cache" in capsys.readouterr().out
+    assert "forward" not in vars(model.model) and "forward" not in vars(other.model)
