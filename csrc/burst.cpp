@@ -10,19 +10,26 @@ namespace posttrain {
 
 namespace {
 
-// The sequences that go on, as the arrays of a step.
-template <class T>
+// Whether sequence `s`, whose newest token is `token`, goes on no more after `drawn` tokens.
+bool complete(const BurstTask& task, int64_t s, int64_t token, int64_t drawn) {
+  if (drawn == task.limits[s]) return true;
+  if (drawn == 0 || !task.heeds[s]) return false;
+  for (int64_t i = 0; i < task.num_ends; ++i)
+    if (task.ends[i] == token) return true;
+  return false;
+}
+
+// The sequences that go on from a step, as the arrays of its tokens.
 struct Running {
-  const BurstTask& task;
   std::vector<int64_t> owners, tokens, positions, slots, rows, top_k, seeds, offsets;
   std::vector<int32_t> table, contexts;
   std::vector<float> temperature, top_p, min_p, logprobs;
 
-  Running(const BurstTask& task, int64_t step) : task(task) {
+  Running(const BurstTask& task, int64_t step) {
     const PagedTables& tables = task.tables;
     for (int64_t s = 0; s < tables.sequences; ++s) {
       const int64_t token = task.tokens[step * tables.sequences + s];
-      if (task.drawn[s] < step || complete(s, token, step)) continue;
+      if (task.drawn[s] < step || complete(task, s, token, step)) continue;
       const int32_t* pages = tables.block_table + s * tables.stride;
       table.insert(table.end(), pages, pages + tables.max_pages);
       rows.push_back(owners.size());
@@ -41,54 +48,66 @@ struct Running {
 
   int64_t count() const { return owners.size(); }
 
-  // Whether sequence `s`, whose newest token is `token`, goes on no more after `drawn` tokens.
-  bool complete(int64_t s, int64_t token, int64_t drawn) const {
-    if (drawn == task.limits[s]) return true;
-    if (drawn == 0 || !task.heeds[s]) return false;
-    for (int64_t i = 0; i < task.num_ends; ++i)
-      if (task.ends[i] == token) return true;
-    return false;
-  }
-
-  // A step of all; whether one is complete after it.
-  bool advance(const Decoder<T>& decoder, const Angles<T>& angles, int64_t step, T* logits, T* workspace,
-               int threads) {
+  void place(const BurstTask& task, int64_t step, int64_t page_size) {
     for (int64_t i = 0; i < count(); ++i) {
-      const int64_t position = task.tables.context_lens[owners[i]] + step, size = decoder.page_size;
+      const int64_t position = task.tables.context_lens[owners[i]] + step;
       positions[i] = position;
       contexts[i] = int32_t(position + 1);
-      slots[i] = table[i * task.tables.max_pages + position / size] * size + position % size;
+      slots[i] = table[i * task.tables.max_pages + position / page_size] * page_size + position % page_size;
       offsets[i] = task.draws.offsets[owners[i]] + step;
     }
-    const int64_t pages = task.tables.max_pages;
-    const PagedTables all = {table.data(), pages, contexts.data(), nullptr, count(), pages};
-    const PagedPlan plan = paged_plan(all, decoder.page_size, decoder.heads / decoder.key_heads);
-    DecoderStep<T> f = {};
-    f.tokens = tokens.data(), f.positions = positions.data(), f.slots = slots.data(), f.rows = rows.data();
-    f.num_tokens = f.num_rows = count();
-    f.angles = angles;
-    f.table = {all.block_table, all.stride, __builtin_ctzll(decoder.page_size)};
-    f.slices = plan.slices.data(), f.panels = plan.panels.data(), f.num_panels = plan.panels.size();
-    f.threads = threads;
-    f.draws = {nullptr,      0,            0,           0,           temperature.data(), top_k.data(),
-               top_p.data(), min_p.data(), seeds.data(), offsets.data()};
-    f.drawn = tokens.data(), f.logprobs = logprobs.data();
-    f.logits = logits, f.workspace = workspace;
-    POSTTRAIN_CALL(decode<T>, decoder, f);
-    return note(step);
   }
 
-  // Writes down what was drawn.
-  bool note(int64_t step) {
+  // Writes down what was drawn; whether a sequence is complete now.
+  bool note(const BurstTask& task, int64_t step) const {
     bool one = false;
     for (int64_t i = 0; i < count(); ++i) {
       const int64_t s = owners[i];
       task.tokens[(step + 1) * task.tables.sequences + s] = tokens[i];
       task.logprobs[step * task.tables.sequences + s] = logprobs[i];
       task.drawn[s] = step + 1;
-      one = one || complete(s, tokens[i], step + 1);
+      one = one || complete(task, s, tokens[i], step + 1);
     }
     return one;
+  }
+};
+
+template <class T>
+struct Steps {
+  using clock = std::chrono::steady_clock;
+  const Decoder<T>& decoder;
+  const BurstTask& task;
+  int64_t step;
+  Running running;
+  PagedPlan plan;
+  clock::time_point end;
+
+  Steps(const Decoder<T>& decoder, const BurstTask& task, int64_t step)
+      : decoder(decoder), task(task), step(step), running(task, step),
+        end(clock::now() + std::chrono::duration_cast<clock::duration>(std::chrono::duration<double>(task.seconds))) {}
+
+  void describe(DecoderStep<T>& f) {
+    Running& r = running;
+    r.place(task, step, decoder.page_size);
+    const PagedTables tables = {r.table.data(), task.tables.max_pages, r.contexts.data(), nullptr, r.count(),
+                                task.tables.max_pages};
+    plan = paged_plan(tables, decoder.page_size, decoder.heads / decoder.key_heads);
+    f.tokens = f.drawn = r.tokens.data(), f.positions = r.positions.data(), f.slots = r.slots.data();
+    f.rows = r.rows.data(), f.logprobs = r.logprobs.data();
+    f.num_tokens = f.num_rows = r.count();
+    f.table = {tables.block_table, tables.stride, __builtin_ctzll(decoder.page_size)};
+    f.slices = plan.slices.data(), f.panels = plan.panels.data(), f.num_panels = plan.panels.size();
+    f.draws.temperature = r.temperature.data(), f.draws.top_k = r.top_k.data(), f.draws.top_p = r.top_p.data();
+    f.draws.min_p = r.min_p.data(), f.draws.seeds = r.seeds.data(), f.draws.offsets = r.offsets.data();
+  }
+
+  bool next(DecoderStep<T>& f) {
+    const bool one = running.note(task, step++);
+    if ((one && task.until_one) || clock::now() > end) return false;
+    if (one) running = Running(task, step);
+    if (running.count() == 0) return false;
+    describe(f);
+    return true;
   }
 };
 
@@ -97,16 +116,15 @@ struct Running {
 template <class T>
 int64_t burst(const Decoder<T>& decoder, const Angles<T>& angles, const BurstTask& task, int64_t step, T* logits,
               T* workspace, int threads) {
-  using clock = std::chrono::steady_clock;
-  const auto end = clock::now() + std::chrono::duration<double>(task.seconds);
-  for (;;) {
-    Running<T> running(task, step);
-    if (running.count() == 0) return step;
-    for (bool one = false; !one;) {
-      one = running.advance(decoder, angles, step++, logits, workspace, threads);
-      if ((one && task.until_one) || clock::now() > end) return step;
-    }
-  }
+  Steps<T> steps(decoder, task, step);
+  if (steps.running.count() == 0) return step;
+  DecoderStep<T> first = {};
+  first.angles = angles, first.threads = threads, first.logits = logits, first.workspace = workspace;
+  steps.describe(first);
+  const DecoderSteps<T> all = {
+      [](void* self, DecoderStep<T>& f) { return static_cast<Steps<T>*>(self)->next(f); }, &steps};
+  POSTTRAIN_CALL(decode<T>, decoder, first, all);
+  return steps.step;
 }
 
 #define INSTANTIATE(T)                                                                                             \

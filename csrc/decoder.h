@@ -79,4 +79,12 @@ struct DecoderStep {
   float* logprobs;
 };
 
+// Steps one after the other: `next(self, step)` takes what the step before has drawn and describes the next one, with as
+// many threads, or says that there is none.
+template <class T>
+struct DecoderSteps {
+  bool (*next)(void* self, DecoderStep<T>& step);
+  void* self;
+};
+
 }  // namespace posttrain

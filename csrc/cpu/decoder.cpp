@@ -2,8 +2,9 @@
 // drawn from each. It is what the modules of posttrain/models/families.py do, one kernel after the other without a way
 // back to Python, and each of the kernels gives a token the same bits whatever is beside it.
 //
-// All threads go through the step together (team.h): linear layers are split by their outputs, so that each thread keeps
-// its weights in its own cache, what stands between them by tokens.
+// All threads go through the step together (team.h). Where there are tokens enough, each has its own tokens, reads all
+// weights, and waits for the others at attention alone. Else linear layers are split by their outputs, what stands between
+// them by tokens, and a step of one token also has something for each thread.
 //
 // The residual stream is `state`; what attention and MLP give, `delta`, joins it in the norm that follows.
 #include "cpu/kernels.h"
@@ -15,11 +16,13 @@ namespace posttrain::POSTTRAIN_ISA {
 namespace {
 
 constexpr int64_t kSmall = 1 << 18;  // multiplications in a layer that one thread does alone
+constexpr int64_t kEnough = 8;       // tokens of each thread that are worth reading all weights for, if those are few
 
 template <class T>
 struct Run {
   const Decoder<T>& d;
   const DecoderStep<T>& s;
+  bool by_tokens;
   T *state, *delta, *normed, *q, *k, *v, *attended, *gate, *up, *low, *rstd, *attention, *cos[2], *sin[2];
   float* draws_from;
 
@@ -59,7 +62,7 @@ struct Run {
       rms_norm_forward<T>(delta + at, state + at, d.norm, normed + begin * d.hidden, state + at, rstd + begin,
                           end - begin, d.hidden, d.eps);
     }
-    team.wait();
+    if (!by_tokens) team.wait();
     const AdaptedLinear<T>* heads[] = {&d.head};
     T* outs[] = {s.logits};
     project(team, normed, s.num_rows, heads, outs, 1);
@@ -84,7 +87,7 @@ struct Run {
     const Share own = team.share(n);
     const T* x = enter(l.before_attention, own, first);
     team.restart();
-    team.wait();
+    if (!by_tokens) team.wait();
     const AdaptedLinear<T>* projections[] = {&l.q, &l.k, &l.v};
     T* projected[] = {q, k, v};
     project(team, x, n, projections, projected, 3);
@@ -97,14 +100,14 @@ struct Run {
     project(team, attended, n, out, deltas, 1);
     if (l.after_attention) norm(delta, l.after_attention, own, 1, d.hidden);
     x = enter(l.before_mlp, own, false);
-    team.wait();
+    if (!by_tokens) team.wait();
     const AdaptedLinear<T>* halves[] = {&l.gate, &l.up};
     T* both[] = {gate, up};
     project(team, x, n, halves, both, 2);
     const int64_t at = own.begin * d.intermediate;
     glu_forward<T>(int(d.activation), gate + at, d.intermediate, up + at, d.intermediate, gate + at, own.count(),
                    d.intermediate);
-    team.wait();
+    if (!by_tokens) team.wait();
     const AdaptedLinear<T>* down[] = {&l.down};
     project(team, gate, n, down, deltas, 1);
     if (l.after_mlp) norm(delta, l.after_mlp, own, 1, d.hidden);
@@ -166,30 +169,32 @@ struct Run {
       paged_piece(f, s.slices, s.panels, s.num_panels, team.threads, i, attended, own);
   }
 
-  // y[i] = layers[i](x), up to three, which all threads wait for.
+  // y[i] = layers[i](x), up to three: for a thread's own rows, or for all of them, which all threads wait for.
   void project(const Team& team, const T* x, int64_t rows, const AdaptedLinear<T>* const* layers, T* const* y,
                int count) const {
-    LinearTask<T> whole[3], down[3];
+    const Share own = by_tokens ? team.share(rows) : Share{0, rows};
+    LinearTask<T> whole[3], down[3], raise[3];
     int adapted = 0;
     for (int i = 0; i < count; ++i) {
       const AdaptedLinear<T>& a = *layers[i];
-      whole[i] = {a.weight, a.bias, y[i], a.height, a.width, a.height, 1.0, false, a.turned};
+      T* to = y[i] + own.begin * a.height;
+      whole[i] = {a.weight, a.bias, to, a.height, a.width, a.height, 1.0, false, a.turned};
       if (a.rank == 0) continue;
-      T* own = low + adapted * s.num_tokens * d.most_rank;
-      down[adapted] = {a.lora_a, nullptr, own, a.rank, a.width, a.rank, 1.0, false, nullptr};
-      ++adapted;
+      T* low_rank = low + adapted * s.num_tokens * d.most_rank + own.begin * a.rank;
+      down[adapted] = {a.lora_a, nullptr, low_rank, a.rank, a.width, a.rank, 1.0, false, nullptr};
+      raise[adapted++] = {a.lora_b, nullptr, to, a.height, a.rank, a.height, a.scaling, true, nullptr};
     }
-    linear_share<T>(x, rows, whole, count, team.thread, team.threads);
-    if (adapted) linear_share<T>(x, rows, down, adapted, team.thread, team.threads);
-    team.wait();
+    const T* from = x + own.begin * layers[0]->width;
+    multiply_share(team, from, own.count(), whole, count);
+    if (adapted) multiply_share(team, from, own.count(), down, adapted);
+    if (!by_tokens) team.wait();
     if (adapted == 0) return;
-    for (int i = 0, next = 0; i < count; ++i) {
-      const AdaptedLinear<T>& a = *layers[i];
-      if (a.rank == 0) continue;
-      const LinearTask<T> raise = {a.lora_b, nullptr, y[i], a.height, a.rank, a.height, a.scaling, true, nullptr};
-      linear_share<T>(down[next++].y, rows, &raise, 1, team.thread, team.threads);
-    }
-    team.wait();
+    for (int i = 0; i < adapted; ++i) multiply_share(team, down[i].y, own.count(), raise + i, 1);
+    if (!by_tokens) team.wait();
+  }
+
+  void multiply_share(const Team& team, const T* x, int64_t rows, const LinearTask<T>* tasks, int count) const {
+    linear_share<T>(x, rows, tasks, count, by_tokens ? 0 : team.thread, by_tokens ? 1 : team.threads);
   }
 
   void scale_logits(Share own) const {
@@ -226,6 +231,18 @@ int64_t layer_work(const DecoderLayer<T>& l) {
   return work;
 }
 
+template <class T>
+int threads_of(const Decoder<T>& decoder, const DecoderStep<T>& step) {
+  return step.num_tokens * layer_work(decoder.layers[0]) > kSmall ? int(step.threads) : 1;
+}
+
+// Its arrays, and how threads share it. Weights that are turned are few enough for each thread to read all.
+template <class T>
+void prepare(Run<T>& run) {
+  run.place(run.s.workspace);
+  run.by_tokens = run.d.head.turned && run.s.num_tokens >= kEnough * run.s.threads;
+}
+
 }  // namespace
 
 template <class T>
@@ -237,16 +254,34 @@ int64_t decoder_workspace(const Decoder<T>& decoder, const DecoderStep<T>& step)
 template <class T>
 void decode(const Decoder<T>& decoder, const DecoderStep<T>& step) {
   Run<T> run = {decoder, step};
-  run.place(step.workspace);
+  prepare(run);
   TeamState all;
-  const bool alone = step.num_tokens * layer_work(decoder.layers[0]) <= kSmall;
-#pragma omp parallel num_threads(alone ? 1 : int(step.threads))
+#pragma omp parallel num_threads(threads_of(decoder, step))
   run(Team{all});
+}
+
+template <class T>
+void decode(const Decoder<T>& decoder, DecoderStep<T>& step, DecoderSteps<T> steps) {
+  Run<T> run = {decoder, step};
+  prepare(run);
+  TeamState all;
+  bool more = true;
+#pragma omp parallel num_threads(threads_of(decoder, step))
+  for (const Team team = {all}; more;) {
+    run(team);
+    team.wait();
+    if (team.thread == 0) {
+      more = steps.next(steps.self, step);
+      prepare(run);
+    }
+    team.wait();
+  }
 }
 
 #define INSTANTIATE(T)                                                             \
   template int64_t decoder_workspace<T>(const Decoder<T>&, const DecoderStep<T>&); \
-  template void decode<T>(const Decoder<T>&, const DecoderStep<T>&);
+  template void decode<T>(const Decoder<T>&, const DecoderStep<T>&);               \
+  template void decode<T>(const Decoder<T>&, DecoderStep<T>&, DecoderSteps<T>);
 INSTANTIATE(float)
 INSTANTIATE(double)
 

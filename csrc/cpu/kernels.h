@@ -120,5 +120,8 @@ template <class T>
 int64_t decoder_workspace(const Decoder<T>& decoder, const DecoderStep<T>& step);
 template <class T>
 void decode(const Decoder<T>& decoder, const DecoderStep<T>& step);
+// All of `steps`, the first of which is `step`.
+template <class T>
+void decode(const Decoder<T>& decoder, DecoderStep<T>& step, DecoderSteps<T> steps);
 
 }  // namespace posttrain::POSTTRAIN_ISA

@@ -15,6 +15,23 @@ namespace {
 constexpr int64_t kColumns = kTurnedColumns, kDepth = 128, kMostRows = 256;  // of a piece of W, and rows of x that pass over it
 constexpr int64_t kSmall = 1 << 15;                              // multiplications that one thread does alone
 
+// Numbers of x, with the next piece of W on its way into the cache while they are multiplied with this one: each block
+// of rows asks for `depth` lines of it.
+template <class T>
+struct ScalarsAhead {
+  const T* x;
+  int64_t width, depth;
+  const T* next;
+
+  T operator()(int64_t c, int64_t i) const {
+    if (c == 0) __builtin_prefetch(next + i * (64 / sizeof(T)), 0, 2);
+    return x[c * width + i];
+  }
+  ScalarsAhead from(int64_t c) const {
+    return {x + c * width, width, depth, next + c / kBlock * depth * int64_t(64 / sizeof(T))};
+  }
+};
+
 template <class T>
 void write(const T* sums, const LinearTask<T>& task, int64_t row, int64_t column, int64_t count) {
   T* y = task.y + row * task.y_stride + column;
@@ -40,8 +57,8 @@ void columns(const T* x, int64_t rows, const LinearTask<T>& task, int64_t first,
         const T* lines = task.turned ? task.turned + (j - within) * width + k * kColumns + within : piece;
         if (!task.turned)
           transpose([&](int64_t c) { return task.weight + (j + c) * width + k; }, count, depth, T(1), piece, kColumns);
-        multiply<T, true>(Scalars<T>{x + top * width + k, width, 1}, lines, kColumns, sums, kColumns, height, depth,
-                          lanes);
+        const ScalarsAhead<T> numbers = {x + top * width + k, width, depth, lines + depth * kColumns};
+        multiply<T, true>(numbers, Lines<T>{lines, kColumns}, sums, kColumns, height, depth, lanes);
       }
       for (int64_t i = 0; i < height; ++i) write(sums + i * kColumns, task, top + i, j, count);
     }

@@ -123,6 +123,21 @@ def test_alone_as_in_company(make_engine):
     assert together[:8] == one_by_one
 
 
+@pytest.mark.parametrize(("name", "dtype"), [("gemma2", torch.float64), ("olmo2", torch.float32)])
+@pytest.mark.parametrize("times", [1, 2], ids=["by columns", "by tokens"])
+def test_any_number_of_threads(name, dtype, times, make_engine, prompts):
+    model = tiny(name, dtype, intermediate_size=1024)
+    prepare(model)
+    model, results, threads = with_adapter(model), [], torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(make_engine(model).generate(prompts * times, DRAWN))
+    finally:
+        torch.set_num_threads(threads)
+    assert results[0] == results[1] == results[2]
+
+
 @pytest.mark.parametrize("name", ["llama", *OTHERS])
 def test_modules_alone_as_in_company(name, make_engine, prompts):
     model = tiny(name)
