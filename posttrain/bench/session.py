@@ -17,7 +17,7 @@ from posttrain.bench.compare import compare
 from posttrain.bench.device import GPU, Roofline, measure_roofline
 from posttrain.bench.measure import OURS, PLAIN, NotMeasured, Table, measure
 from posttrain.bench.record import busy, circumstances, earlier_run, run_file
-from posttrain.bench.results import read
+from posttrain.bench.results import ResultError, read
 from posttrain.bench.shapes import SUITES
 
 _HEAD = f"{'':<28}{'ms':>10}{'p20':>10}{'p80':>10}{'speed':>8}{'TFLOP/s':>9}{'GB/s':>8}{'roof':>6}{'error':>9}{'MB':>9}"
@@ -218,7 +218,10 @@ class Session:
             terminalreporter.write_line(f"-> {self.path}")
         if self.path and self.path.exists() and self._before:
             terminalreporter.write_line(f"since {self._before}:")
-            terminalreporter.write_line(compare(read(self._before), read(self.path)).text())
+            try:
+                terminalreporter.write_line(compare(read(self._before), read(self.path)).text())
+            except ResultError as error:
+                terminalreporter.write_line(str(error))
 
 
 def session_of(config: pytest.Config) -> Session:

@@ -40,10 +40,14 @@ def run(folder, *arguments):
 
 
 def test_a_run_writes_one_file_for_pytest_benchmark_and_compare(tmp_path):
+    before = record.device_folder(str(tmp_path / "out")) / "2026-01-01T00-00-00-abc-quick.json"
+    before.parent.mkdir(parents=True)
+    before.write_text(json.dumps({"machine_info": {"device": device_name()}, "benchmarks": []}))
     done = run(tmp_path, "swiglu", "--peers")
     assert done.returncode == 0, done.stdout + done.stderr
-    (path,) = (tmp_path / "out").glob("*/*.json")
+    (path,) = set((tmp_path / "out").glob("*/*.json")) - {before}
     assert path.name.endswith("-quick.json") and f"-> {path}" in done.stdout
+    assert f"since {before}:\n{before} and {path} have no figure in common" in done.stdout
     assert "swiglu: Liger runs on GPUs only" in done.stdout
     result = read(path)
     assert result.device == device_name() and result.machine["commit"] is None
