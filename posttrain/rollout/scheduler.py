@@ -137,10 +137,15 @@ class Scheduler:
                 self.waiting.appendleft(twin)
 
     def remove(self, sequence: Sequence) -> None:
-        """`sequence` is complete."""
+        """`sequence` is complete. If it keeps its pages, then not those that were reserved for what it didn't draw: a
+        fork would hold them too, and both would write there."""
         place: Any = self.running if sequence in self.running else self.waiting
         place.remove(sequence)
-        if not sequence.kept:
+        if sequence.kept:
+            used = -(-sequence.computed // self._pool.page_size)
+            self._pool.drop(sequence.pages[used:])
+            del sequence.pages[used:]
+        else:
             self.drop(sequence)
 
     def clear(self) -> None:

@@ -35,6 +35,20 @@ def test_forks_share_pages_and_part(engine):
         engine.close(one)
 
 
+def test_forks_of_what_ended_early_share_nothing_to_come(engine):
+    root = engine.open(list(range(2, 12)))
+    [ended] = engine.grow([root], SamplingParams(max_tokens=100, seed=3))
+    assert ended.finish_reason == "stop" and len(ended.token_ids) < 60
+    assert len(root.pages) == -(-root.computed // 8)
+    prompt, twin = root.tokens.copy(), engine.fork(root)
+    grown = engine.grow([root, twin], SamplingParams(max_tokens=40, seed=5, ignore_eos=True))
+    assert grown[0].token_ids != grown[1].token_ids
+    for completion, scores in zip(grown, engine.score([prompt], [grown])[0], strict=True):
+        assert completion.logprobs == pytest.approx(scores, abs=1e-5)
+    for one in (root, twin):
+        engine.close(one)
+
+
 def test_idle_sequences_give_way(make_engine):
     engine = make_engine(memory=6 * 4096)
     root = engine.open([7] * 21)
