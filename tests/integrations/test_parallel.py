@@ -90,10 +90,13 @@ def test_compiled_forwards_do_not_share_prefixes():
         compiled(input_ids=ids())
 
 
-def test_accelerate_with_mixed_precision():
+def test_accelerate_with_mixed_precision(request):
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
     forget()
+    AcceleratorState._reset_state(True)  # there is one of it in a process, and trainers of other tests made it
+    request.addfinalizer(lambda: AcceleratorState._reset_state(True))
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
     model = tiny("llama")
     prepare(model)
