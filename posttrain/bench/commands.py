@@ -13,21 +13,29 @@ def add_command(commands: Any) -> None:
     """Add it to the parsers of `posttrain`."""
     bench = commands.add_parser(
         "bench",
-        help="measure the ops and training steps on this machine, or compare two results",
+        help="measure the ops and training steps on this machine, compare two results, or show all",
         description="Measure ops and training steps on this machine, forward and backward, over shapes of real models. "
-        "`posttrain bench compare A B` names what got slower from file or folder A to B.",
+        "`posttrain bench scaling` does so over growing sizes. `posttrain bench compare A B` names what got slower "
+        "from file or folder A to B; `posttrain bench report` writes a page about all results.",
         allow_abbrev=False,
     )
-    bench.add_argument("words", nargs="*", metavar="OP", help="ops to measure (default: all), or compare A B")
-    bench.add_argument("--suite", metavar="NAME", help="quick or full (default: full on a GPU, quick on a CPU)")
+    bench.add_argument(
+        "words", nargs="*", metavar="OP", help="ops to measure (default: all); or scaling, compare A B, report [DIR]"
+    )
+    bench.add_argument("--suite", metavar="NAME", help="quick, full or scaling (default: full on a GPU, else quick)")
     bench.add_argument("--peers", action="store_true", help="also measure other projects' functions, where installed")
-    bench.add_argument("--out", metavar="DIR", help="folder of results (default: bench/results)")
+    bench.add_argument("--out", metavar="PATH", help="folder of results (default: bench/results); of report, its file")
+    bench.add_argument("--readme", metavar="FILE", help="of report: also write the tables between a document's marks")
     bench.set_defaults(run=_bench)
 
 
 def _bench(options: argparse.Namespace) -> int:
     if options.words[:1] == ["compare"]:
         return _compare(options.words[1:])
+    if options.words[:1] == ["report"]:
+        return _report(options.words[1:], options.out, options.readme)
+    if options.readme:
+        raise ConfigError("--readme belongs to posttrain bench report")
     for package, name in (("pytest", "pytest"), ("pytest_benchmark", "pytest-benchmark")):
         if find_spec(package) is None:
             raise ConfigError(f"posttrain bench needs {name}: pip install posttrain[bench]")
@@ -60,6 +68,27 @@ def _compare(names: list[str]) -> int:
         raise ConfigError(str(error)) from error
     print(changes.text())
     return 1 if changes.worse else 0
+
+
+def _report(folders: list[str], out: str | None, readme: str | None) -> int:
+    from posttrain.bench.readme import rewrite
+    from posttrain.bench.record import results_folder
+    from posttrain.bench.report import write_report
+    from posttrain.bench.results import ResultError
+
+    if len(folders) > 1:
+        raise ConfigError(f"posttrain bench report takes one folder of results, got {len(folders)}")
+    folder = Path(folders[0]) if folders else results_folder()
+    path = Path(out) if out else folder / "report.html"
+    try:
+        found = write_report(folder, path)
+        if readme:
+            changed = rewrite(Path(readme), folder)
+            print(f"{readme}: {changed} tables changed")
+    except ResultError as error:
+        raise ConfigError(str(error)) from error
+    print(f"{len(found)} devices -> {path}")
+    return 0
 
 
 def _check(kind: str, names: list[str], known: Any) -> None:

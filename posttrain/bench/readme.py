@@ -1,0 +1,219 @@
+"""Tables of a document in Markdown, made of recorded results: what lies between these two marks,
+
+    <!-- bench:NAME DEVICE -->
+    <!-- /bench -->
+
+is the table NAME of the results in the folder DEVICE. `overview` is of the newest run of `posttrain bench`; the others
+are of comparisons of `make bench`.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from posttrain.bench.measure import OURS
+from posttrain.bench.report import SCALING, Device, overview
+from posttrain.bench.results import ResultError, read
+
+_MARKED = re.compile(r"(<!-- bench:(\S+) (\S+) -->\n)(.*?)(<!-- /bench -->)", re.DOTALL)
+Rows = list[list[str]]
+
+
+class Results:
+    """The comparisons in a device's folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def content(self, name: str) -> dict[str, Any]:
+        """One of them. Raises `ResultError` if there is none of this name."""
+        path = self.folder / f"{name}.json"
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ResultError(f"{path}: {error}") from error
+
+    def speed(self, name: str, column: str = OURS, digits: int = 2) -> str:
+        """Speed against the baseline, with its percentiles."""
+        spread = self.content(name)["speedup"][column]
+        return _spread(spread["median"], spread["p20"], spread["p80"], digits)
+
+    def times(self, name: str, column: str) -> str:
+        """Time in times of the baseline's."""
+        spread = self.content(name)["speedup"][column]
+        return _spread(1 / spread["median"], 1 / spread["p80"], 1 / spread["p20"], 2)
+
+
+def _spread(median: float, low: float, high: float, digits: int) -> str:
+    return f"{median:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def _against_trl(values: Mapping[str, float]) -> str:
+    return f"{values[OURS]:.0f} against {values['trl']:.0f}"
+
+
+def _logprob(results: Results) -> Rows:
+    labels = {  # with the names that a column has had
+        "**posttrain**": ("posttrain",),
+        "posttrain, `memory_budget` of 2 GB": ("posttrain cached",),
+        "log_softmax and gather": ("plain",),
+        "`torch.nn.functional.linear_cross_entropy`": ("torch whole", "torch lce"),
+        "the same, chunked": ("torch chunked", "torch lce chunked"),
+        "TRL": ("trl",),
+        "cut-cross-entropy, torch path": ("cce", "cce torch"),
+    }
+    modes = ("forward", "frozen", "trainable")
+    measured = results.content("logprob-forward")["speedup"]
+    rows = [["", "forward", "frozen head, forward and backward", "trainable head", "MB"]]
+    for label, names in labels.items():
+        for column in (name for name in names if name in measured):
+            cells = [results.times(f"logprob-{mode}", column) for mode in modes]
+            peaks = (results.content(f"logprob-memory-{mode}")["extra_megabytes"][column] for mode in modes)
+            rows.append([label, *cells, ", ".join(f"{peak:.0f}" for peak in peaks)])
+    return rows
+
+
+def _attention(results: Results) -> Rows:
+    theory = results.content("attention-shared-forward")["theory"]
+    shared = f"8 completions of 64 share a prompt of 1024, against copies of it; {theory:.2f} in theory"
+    labels = (
+        ("2048 tokens, against SDPA", "dense", "posttrain"),
+        ("32 documents of 27 to 927 tokens, against SDPA on the padded batch", "documents", "posttrain"),
+        ("the same, SDPA one by one", "documents", "SDPA, one by one"),
+        (shared, "shared", "posttrain"),
+        ("the same, prefix-grouper over SDPA", "shared", "prefix-grouper over SDPA"),
+    )
+    rows = [["", "forward", "forward and backward"]]
+    for label, name, column in labels:
+        passes = (f"attention-{name}-forward", f"attention-{name}-forward+backward")
+        rows.append([label, *(results.speed(each, column) for each in passes)])
+    return rows
+
+
+def _elementwise(results: Results) -> Rows:
+    labels = {
+        "rms_norm": "rms_norm [4096, 1024]",
+        "rms_norm_residual": "rms_norm with residual",
+        "rope": "rope, 2 x 16 heads, [2048, 64]",
+        "swiglu": "swiglu [4096, 1024]",
+        "geglu": "geglu [4096, 1024]",
+    }
+    columns = (OURS, "torch.compile", "copying as many bytes")
+    rows = [["", *columns]]
+    for name, label in labels.items():
+        rows.append([label, *(results.speed(name, column, 1) for column in columns)])
+    return rows
+
+
+def _sft(results: Results) -> Rows:
+    labels = {
+        "sft": ("without TRL's packing", "sft-memory"),
+        "sft-packing": ("with packing", "sft-memory-packing"),
+        "sft-shared-prompts": ("shared prompts, without TRL's packing", None),
+    }
+    rows = [["", "speed against TRL", "tokens/s", "training, MB", "process, MB"]]
+    for name, (label, memory) in labels.items():
+        content = results.content(name)
+        rates = " against ".join(_thousands(content[f"{who} tokens/s"]) for who in (OURS, "trl"))
+        cells = [label, results.speed(name), rates, "", ""]
+        if memory:
+            peaks = results.content(memory)
+            cells[3:] = [_against_trl(peaks["megabytes"]), _against_trl(peaks["process_megabytes"])]
+        rows.append(cells)
+    return rows
+
+
+def _thousands(value: float) -> str:
+    """Three digits of a number."""
+    return f"{float(f'{value:.3g}'):,.0f}"
+
+
+def _steps(results: Results) -> Rows:
+    floor = "posttrain against the floor"
+    labels = (
+        ("DPO, 8 pairs of 256 + 2 x 64 tokens", "dpo", "dpo-memory", "posttrain, times the GEMM floor"),
+        ("GRPO, 4 prompts of 12 x 8 completions of 64", "grpo-short-prompts", "grpo-memory-short-prompts", floor),
+        ("GRPO, 4 prompts of 256 x 8 completions of 32", "grpo-long-prompts", "grpo-memory-long-prompts", floor),
+    )
+    rows = [["", "speed against TRL", "ms a step", "times the floor", "memory beyond the trainer, MB"]]
+    for label, name, memory, floor in labels:
+        content = results.content(name)
+        milliseconds = {who: 1e3 * spread["median"] for who, spread in content["seconds"].items()}
+        peaks = results.content(memory)["megabytes"]
+        cells = [_against_trl(milliseconds), f"{content[floor]:.1f}", _against_trl(peaks)]
+        rows.append([label, results.speed(name), *cells])
+    return rows
+
+
+def _rollout(results: Results) -> Rows:
+    labels = {
+        "llama-batch": "Llama 7M, 32 x 64 tokens",
+        "llama-shared": "Llama 7M, prompts of 256 with 8 completions each",
+        "llama-mixed": "Llama 7M, 8 to 256 new tokens",
+        "demo-batch": "the demo's model, 32 x 64 tokens",
+        "demo-shared": "the demo's model, shared prompts",
+        "demo-mixed": "the demo's model, mixed lengths",
+    }
+    rows = [["", "against `generate`", "tokens/s", "times its GEMMs"]]
+    for name, label in labels.items():
+        content = results.content(f"rollout-{name}")
+        rate = content["posttrain tokens/s"]
+        if "continuous batching tokens/s" in content:
+            label += f" ({rate / content['continuous batching tokens/s']:.1f} times continuous batching's speed)"
+        floor = f"{content['posttrain time over that of its GEMMs']:.1f}"
+        rows.append([label, results.speed(f"rollout-{name}"), _thousands(rate), floor])
+    return rows
+
+
+def _overview(results: Results) -> Rows:
+    runs = [read(path) for path in sorted(results.folder.glob("*.json"))]
+    device = Device(runs[0].device if runs else "", [run for run in runs if "suite" in run.machine], [])
+    suites = [suite for suite in device.suites() if suite != SCALING]
+    if not suites:
+        raise ResultError(f"{results.folder}: no run of posttrain bench")
+    head, rows = overview(device.merged(suites[0]))
+    return [head, *rows]
+
+
+TABLES: dict[str, Callable[[Results], Rows]] = {
+    "overview": _overview,
+    "logprob": _logprob,
+    "attention": _attention,
+    "elementwise": _elementwise,
+    "sft": _sft,
+    "steps": _steps,
+    "rollout": _rollout,
+}
+
+
+def rewrite(document: Path, folder: Path) -> int:
+    """Fill the marks of `document` from the results in `folder`; returns how many tables changed."""
+    before = document.read_text(encoding="utf-8")
+    after = filled(before, folder)
+    if before != after:
+        document.write_text(after, encoding="utf-8")
+    return sum(a != b for a, b in zip(_MARKED.findall(before), _MARKED.findall(after), strict=True))
+
+
+def filled(text: str, folder: Path) -> str:
+    """`text` with its tables made anew. Raises `ResultError` for a table or result that doesn't exist."""
+
+    def made(match: re.Match[str]) -> str:
+        start, name, device, _, end = match.groups()
+        if name not in TABLES:
+            raise ResultError(f"bench:{name}: no such table; there are {', '.join(TABLES)}")
+        try:
+            return start + markdown(TABLES[name](Results(folder / device))) + end
+        except KeyError as error:
+            raise ResultError(f"bench:{name}: the results in {folder / device} lack {error}") from error
+
+    return _MARKED.sub(made, text)
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """A table whose first row is the head."""
+    lines = ["| " + "".join(f"{cell} | ".lstrip() for cell in row).rstrip() for row in rows]
+    lines.insert(1, "|---" * len(rows[0]) + "|")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,142 @@
+"""The report: one page that needs nothing else, newest figures first, and the README's tables from the same files."""
+
+import json
+import math
+import re
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from posttrain.bench.readme import filled
+from posttrain.bench.report import devices, html
+from posttrain.bench.results import ResultError
+from posttrain.bench.scaling import fit
+from posttrain.bench.svg import Axis, Chart, Series, short
+from posttrain.cli import main
+
+_ROOT = Path(__file__).parents[2]
+
+
+def write(folder: Path, name: str, milliseconds: float, device="A <GPU>", suite="quick", op="rope", **more) -> None:
+    """A run with figures of one case by ours and plain PyTorch."""
+    benchmarks = []
+    for column, factor in (("posttrain", 1), ("plain PyTorch", 2)):
+        seconds = {part: factor * milliseconds / 1e3 for part in ("median", "p20", "p80")}
+        facts = {"op": op, "case": "[8, 8]", "pass": "forward", "column": column, "seconds": seconds, "error": 1e-7}
+        facts |= {"speed": dict.fromkeys(("median", "p20", "p80"), 2 / factor), "peak_bytes": factor << 20}
+        facts |= {"flops": 2e9, "bytes": 1e8, "tflops": 0.5, "gbytes": 25.0, "roofline": 0.4, **more}
+        benchmarks.append({"extra_info": facts})
+    machine = {"device": device, "suite": suite, "date": name, "commit": "0123456789ab", "load": 0.25}
+    machine |= {"roofline": {"copy": 1e11, "gemm": 1e12}, "left_out": ["rope: Liger runs on GPUs only"]}
+    path = folder / device.replace(" ", "-") / f"{name}-{suite}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"machine_info": machine, "benchmarks": benchmarks}))
+
+
+def figures(text: str) -> list[ElementTree.Element]:
+    """The plots of a page, as trees: an error if one isn't well-formed."""
+    return [ElementTree.fromstring(found) for found in re.findall(r"<svg.*?</svg>", text, re.DOTALL)]
+
+
+def test_a_page_needs_nothing_else_and_has_every_device(tmp_path, capsys):
+    write(tmp_path, "2026-01-01", 3.0)
+    write(tmp_path, "2026-01-02", 4.0, device="B")
+    assert main(["bench", "report", str(tmp_path), "--out", str(tmp_path / "new" / "page.html")]) == 0
+    assert capsys.readouterr().out == f"2 devices -> {tmp_path / 'new' / 'page.html'}\n"
+    text = (tmp_path / "new" / "page.html").read_text()
+    assert not re.search(r"<script|<link|https?:|src=|url\(|@import", text)
+    assert set(re.findall(r'href="([^"]*)"', text)) == {"#device0", "#device1"}
+    assert "prefers-color-scheme: dark" in text and "A &lt;GPU&gt;" in text and "<GPU>" not in text
+    assert "rope: Liger runs on GPUs only" in text and "commit 012345678;" in text
+    assert len(figures(text)) == 8  # of each device roofline, speed, share of the roofline and memory
+
+
+def test_the_newest_figure_of_a_case_counts(tmp_path):
+    write(tmp_path, "2026-01-02", 7.25)
+    write(tmp_path, "2026-01-01", 5.75)
+    write(tmp_path, "2026-01-01b", 9.25, op="swiglu")
+    text = html(devices(tmp_path))
+    assert ">7.25<" in text and ">9.25<" in text and ">5.75<" not in text
+
+
+def test_costs_over_a_size_have_their_exponent(tmp_path):
+    for size in (1024, 2048, 4096):
+        write(
+            tmp_path, f"2026-01-01-{size}", (size / 1024) ** 2, suite="scaling", case=f"N {size}", axis="N", size=size
+        )
+    text = html(devices(tmp_path))
+    time, memory = figures(text)
+    assert "posttrain ∝ N^2.00 (±0%)" in text and "posttrain ∝ N^0.00 (±0%)" in text
+    assert [t.text for t in time.iter("text")][:3] == ["1k", "2k", "4k"]
+    places = [(float(dot.get("cx")), float(dot.get("cy"))) for dot in time.iter("circle")][:3]
+    (x0, y0), (x1, y1), (x2, y2) = places
+    assert x1 - x0 == pytest.approx(x2 - x1, abs=0.2) and y0 - y1 == pytest.approx(y1 - y2, abs=0.2) and y1 < y0
+    assert len(list(memory.iter("circle"))) == 6
+
+
+def test_fit_is_least_squares_of_logarithms():
+    power = fit([(size, 3 * size**1.5) for size in (1, 10, 100)])
+    assert power is not None
+    assert (power.factor, power.exponent, power.residual) == pytest.approx((3, 1.5, 1))
+    bent = fit([(1, 1), (math.e, math.e), (math.e**2, 1)])  # 0, 1, 0 over 0, 1, 2: flat at 1/3, off by 1/3, 2/3, 1/3
+    assert bent is not None and bent.exponent == pytest.approx(0)
+    assert bent.residual == pytest.approx(math.exp(math.sqrt(2) / 3)) and bent.text("N").startswith("N^")
+    assert fit([(1, 1), (1, 2)]) is None and fit([(1, 0), (2, 1)]) is None
+
+
+def test_charts_leave_out_what_an_axis_cannot_have():
+    points = [(0.0, 1.0), (1.0, 2.0), (10.0, -1.0)]
+    logarithmic = Chart("a & b", Axis("x", log=True), Axis("y", log=True), [Series("s", points)]).html()
+    linear = Chart("a & b", Axis("x"), Axis("y"), [Series("s", points)]).html()
+    assert (logarithmic.count("<circle"), linear.count("<circle")) == (1, 3)
+    assert "a &amp; b" in linear and len(figures(linear)) == 1
+    assert "nothing measured" in Chart("t", Axis("x", log=True), Axis("y"), [Series("s", points[:1])]).html()
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.002, "0.002"), (1.5, "1.5"), (1000, "1000"), (64000, "64k"), (2.1e6, "2.1M"), (3e9, "3G")]
+)
+def test_short_numbers(value, text):
+    assert short(value) == text
+
+
+def test_the_readme_has_the_tables_of_the_committed_results():
+    text = (_ROOT / "README.md").read_text()
+    assert text.count("<!-- bench:") >= 6
+    assert filled(text, _ROOT / "bench" / "results") == text, "posttrain bench report --readme README.md mends it"
+
+
+def test_tables_are_filled_between_marks(tmp_path, capsys):
+    write(tmp_path, "2026-01-02", 7.25, device="A")
+    document = tmp_path / "document.md"
+    document.write_text("before\n<!-- bench:overview A -->\nold\n<!-- /bench -->\nafter\n")
+    assert main(["bench", "report", str(tmp_path), "--readme", str(document)]) == 0
+    assert capsys.readouterr().out.startswith(f"{document}: 1 tables changed\n")
+    assert document.read_text().splitlines() == [
+        "before",
+        "<!-- bench:overview A -->",
+        "| op | pass | shapes | speed against plain PyTorch | share of the roofline "
+        "| plain PyTorch's memory over ours |",
+        "|---|---|---|---|---|---|",
+        "| rope | forward | 1 | 2.00 | 40% | 2.0 |",
+        "<!-- /bench -->",
+        "after",
+    ]
+
+
+@pytest.mark.parametrize("name", ["nothing A", "sft A", "overview B"])
+def test_a_table_that_cannot_be_made_is_an_error(tmp_path, name):
+    write(tmp_path, "2026-01-02", 7.25, device="A")
+    with pytest.raises(ResultError, match=r"no such table|No such file|no run of posttrain bench"):
+        filled(f"<!-- bench:{name} -->\n<!-- /bench -->\n", tmp_path)
+
+
+def test_what_cannot_be_reported_is_one_line(tmp_path, capsys):
+    for arguments, line in (
+        (["report", str(tmp_path)], f"{tmp_path}: no results of posttrain bench in its folders"),
+        (["report", "a", "b"], "posttrain bench report takes one folder of results, got 2"),
+        (["rope", "--readme", "x"], "--readme belongs to posttrain bench report"),
+    ):
+        assert main(["bench", *arguments]) == 2
+        assert capsys.readouterr().err == f"posttrain: error: {line}\n"
