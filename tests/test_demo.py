@@ -114,4 +114,4 @@ def test_report_has_scores_curves_and_answers(demo, tmp_path):
     answers = {"start": [demo.Answer("1 < 2?", "?", 0.0)], "grpo": [demo.Answer("1 + 2 = ?", "Answer: <3>", 1.0)]}
     page = demo.write_report(tmp_path, {"start": 0.0, "grpo": 0.875}, answers).read_text()
     assert "87.5%" in page and "Answer: &lt;3&gt;" in page and "1 &lt; 2?" in page
-    assert page.count("data:image/png;base64,") == 1  # only grpo has metrics
+    assert page.count("<svg") == 2  # the loss and the reward; only grpo has metrics
