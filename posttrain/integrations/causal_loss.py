@@ -25,7 +25,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.trainer_pt_utils import LabelSmoother
 
 from posttrain.integrations.counting import count, say
-from posttrain.integrations.trl_logprob import head_dtype, head_obstacle, mean_of_logits
+from posttrain.integrations.self_check import check_head, compute_dtype
+from posttrain.integrations.trl_logprob import head_obstacle, mean_of_logits
 from posttrain.models.causal_lm import ModelError, decoder
 from posttrain.models.head import Head, head
 from posttrain.models.prepare import without
@@ -147,12 +148,30 @@ def _targets(labels: Tensor, shift_labels: Tensor | None, ignore_index: int) -> 
 
 def _total(found: Head, hidden: Tensor, targets: Tensor, epsilon: float) -> Tensor:
     """The loss of hidden states `[N, H]`, summed over their targets `[N]`."""
-    dtype = head_dtype(hidden)
+    dtype = compute_dtype(hidden)
     hidden, targets = hidden.to(found.weight.device, dtype), targets.to(found.weight.device)
     weight, bias = found.weight.to(dtype), None if found.bias is None else found.bias.to(dtype)
     cap: dict[str, Any] = {"bias": bias, "softcap": found.softcap, "logit_scale": found.logit_scale}
+    _check(found._replace(weight=weight, bias=bias).detached(), hidden, targets)
     result = linear_logprob(hidden, weight, targets, lora=found.lora, **cap)
     if not epsilon:
         return -result.logprob.sum()
     smooth = (result.lse - mean_of_logits(hidden, weight, **cap)).masked_fill(targets == -100, 0)
     return epsilon * smooth.sum() - (1 - epsilon) * result.logprob.sum()
+
+
+def _check(found: Head, hidden: Tensor, targets: Tensor) -> None:
+    """Against the log-softmax of the logits, in float32 as ForCausalLMLoss computes it."""
+    arguments: dict[str, Any] = {**found._asdict(), "need_entropy": True}
+    weight = arguments.pop("weight")
+
+    def ours(rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        result = linear_logprob(rows, weight, targets, **arguments)
+        assert result.entropy is not None
+        return result.logprob, result.entropy
+
+    def theirs(rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        log_p = found.logits(rows).float().log_softmax(-1)
+        return log_p.gather(-1, targets[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
+
+    check_head(found, hidden, targets, 1.0, ours, theirs)

@@ -7,9 +7,10 @@ from torch import nn
 
 from posttrain.integrations.causal_loss import replace_loss, restore_loss
 from posttrain.integrations.counting import count, say
+from posttrain.integrations.self_check import forget_checks, watch
 from posttrain.integrations.versions import installed
 from posttrain.models import ModelError, Report, prepare, restore
-from posttrain.models.causal_lm import causal_lm
+from posttrain.models.causal_lm import causal_lm, decoder
 from posttrain.models.prepare import is_prepared
 
 _DEFAULT = ("sdpa", "posttrain")  # attention that nobody asked for by name; another one stays
@@ -44,7 +45,8 @@ def unpatch(model: nn.Module) -> None:
 def attach(model: Any) -> None:
     """Put our ops into a model that a script loads or gives to a trainer, if it is a causal LM of transformers.
 
-    What is left alone, and why, is counted and said.
+    Its layers are compared with the original at the first forward (self_check.py). What is left alone, and why, is
+    counted and said.
     """
     obstacle = _obstacle(model)
     if obstacle is not None:
@@ -57,6 +59,7 @@ def attach(model: Any) -> None:
         _prepared.add(causal)
     say(f"posttrain: {_prepare(model)}")
     replace_loss(causal)
+    watch(decoder(causal))
     _attached.add(causal)
 
 
@@ -66,6 +69,7 @@ def detach() -> None:
         restore_loss(causal)
     for causal in list(_prepared):
         restore(causal)
+    forget_checks()
     _attached.clear()
     _prepared.clear()
 

@@ -21,6 +21,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from posttrain.integrations.counting import count, say
+from posttrain.integrations.self_check import check_head, compute_dtype
+from posttrain.models.head import Head
 from posttrain.ops import linear_logprob
 
 _SLAB = 1 << 23  # logits at a time, for the mean of capped ones
@@ -50,7 +52,7 @@ class LanguageHead:
 
         Under autocast in its dtype, as TRL computes it. What `_obstacle` names is computed by TRL.
         """
-        dtype = head_dtype(hidden)
+        dtype = compute_dtype(hidden)
         obstacle = _obstacle(weight, dtype)
         if obstacle is not None:
             count(f"language head left to TRL: {obstacle}")
@@ -59,13 +61,32 @@ class LanguageHead:
             return self.theirs(hidden, weight, bias, targets, *scalars)
         count("language head by linear_logprob")
         tensors = (hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+        self._check(*tensors, targets, temperature, chunk_size, final_logit_softcapping, logit_scale)
         return _outputs(*tensors, targets, temperature, final_logit_softcapping, logit_scale, outputs)
 
+    def _check(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        temperature: float,
+        chunk_size: int,
+        softcap: float | None,
+        logit_scale: float,
+    ) -> None:
+        found = Head(weight, bias, softcap, logit_scale, None).detached()
+        wanted = ("entropy",)
 
-def head_dtype(hidden: Tensor) -> torch.dtype:
-    """In which the head is computed: autocast's, or that of the hidden states."""
-    device = hidden.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        def ours(rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+            results = _outputs(rows, found.weight, found.bias, targets, temperature, softcap, logit_scale, wanted)
+            return results[:2]  # type: ignore[return-value]
+
+        def theirs(rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+            arguments = (temperature, chunk_size, softcap, logit_scale, wanted)
+            return self.theirs(rows, found.weight, found.bias, targets, *arguments)[:2]  # type: ignore[return-value]
+
+        check_head(found, hidden, targets, temperature, ours, theirs)
 
 
 def _obstacle(weight: Tensor, dtype: torch.dtype) -> str | None:

@@ -28,7 +28,7 @@ def obstacle_to_packing(causal: Any, attention: str) -> str | None:
     if causal._is_stateful or partial or getattr(config, "sliding_window", None):
         return f"{type(causal).__name__} mixes tokens by more than full attention, so sequences are padded"
     ids, before = _ids(causal), causal.config._attn_implementation
-    with _evaluating(causal):
+    with evaluating(causal):
         alone = torch.cat([_hidden(causal, part) for part in ids.split(_LENGTHS)])
         try:
             causal.set_attn_implementation(attention)
@@ -46,7 +46,7 @@ def obstacle_to_head(causal: Any) -> str | None:
         parts = head(causal)
     except ModelError as problem:
         return str(problem)
-    with _evaluating(causal):
+    with evaluating(causal):
         ids = _ids(causal)
         expected = causal(input_ids=ids[None], use_cache=False).logits[0]
         logits = parts.logits(_hidden(causal, ids))
@@ -54,7 +54,7 @@ def obstacle_to_head(causal: Any) -> str | None:
 
 
 @contextmanager
-def _evaluating(causal: Any) -> Iterator[None]:
+def evaluating(causal: Any) -> Iterator[None]:
     """No gradient and no dropout, and afterwards every module in the mode it was in."""
     training = {module: module.training for module in causal.modules()}
     causal.eval()

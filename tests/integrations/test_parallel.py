@@ -109,5 +109,6 @@ def test_accelerate_with_mixed_precision(request):
     with torch.autocast("cpu", torch.bfloat16):
         theirs = tiny("llama")(ids(), labels=ids()).loss
     assert_as_good_as(loss.detach().bfloat16(), theirs.bfloat16(), exact)
-    assert counters() == {"loss by linear_logprob": 1, "batch without padding": 1}
+    fired = {what: count for what, count in counters().items() if not what.startswith("self-check")}
+    assert fired == {"loss by linear_logprob": 1, "batch without padding": 1}
     assert all(parameter.grad.dtype == torch.float32 for parameter in model.parameters())

@@ -140,6 +140,8 @@ def test_trainers_of_trl(case, model_dir, rows, tmp_path):
     assert fired["trainer made"] == 1
     assert fired["model prepared"] == (1 if case.startswith("SFT") else 2)  # the policy and its reference
     assert fired["language head by linear_logprob"] >= STEPS
+    assert fired["self-check of the layers of Qwen3Model passed"] == fired["model prepared"]
+    assert fired["self-check of the language head passed"] == 1
     alone = fired.get("batch without padding", 0) if case.startswith("SFT") else 0
     assert alone + fired.get("batch with shared prefixes", 0) >= STEPS
     assert not [what for what in fired if "left" in what]

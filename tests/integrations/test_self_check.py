@@ -1,0 +1,158 @@
+"""The first batch by our ops and by the originals: what passes, what a wrong op does, and how often it's looked at."""
+
+import pytest
+import torch
+from lora_models import filled, lora
+from peft import get_peft_model
+from tiny_models import FAMILIES, VOCABULARY, tiny
+
+import posttrain
+from posttrain.integrations import counters
+from posttrain.integrations.counting import forget
+from posttrain.integrations.models import attach, detach
+from posttrain.integrations.self_check import forget_checks
+from posttrain.models import families
+from posttrain.models.causal_lm import decoder
+
+
+def batch(same: int = 20) -> torch.Tensor:
+    """Three sequences of 40 tokens that begin with the same ones."""
+    ids = torch.randint(3, VOCABULARY, (3, 40), generator=torch.Generator().manual_seed(0))
+    ids[:, :same] = ids[0, :same]
+    return ids
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    """Counters from nothing, and no model with hooks afterwards."""
+    forget()
+    yield
+    detach()
+
+
+def passed() -> list[int]:
+    return [n for what, n in counters().items() if what.startswith("self-check") and what.endswith("passed")]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_pass_once(family, dtype):
+    model = tiny(family, dtype)
+    attach(model)
+    for _ in range(2):
+        decoder(model)(batch())
+    assert passed() == [1]
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_checked_again_with_adapters_and_in_another_dtype():
+    model = tiny("llama")
+    attach(model)
+    model(batch())
+    wrapped = filled(get_peft_model(model, lora()))
+    attach(wrapped)
+    wrapped(batch())
+    assert passed() == [2]
+    with torch.autocast("cpu", torch.bfloat16):
+        wrapped(batch())
+    assert passed() == [3]
+
+
+def test_padding_and_training_mode():
+    model = tiny("qwen3").train()
+    attach(model)
+    mask = torch.ones(3, 40, dtype=torch.int64)
+    mask[1, :30] = 0
+    model(batch(), attention_mask=mask)
+    assert passed() == [1]
+    assert all(module.training for module in model.modules())
+
+
+def wrong(gate, up):
+    return torch.nn.functional.silu(gate) * up * 1.001
+
+
+def test_a_wrong_op_raises_with_numbers_and_the_original_stays(monkeypatch):
+    expected = tiny("llama")(batch()).logits
+    model = tiny("llama")
+    attach(model)
+    mlp = type(model.model.layers[0].mlp)
+    monkeypatch.setattr(mlp, "gated", staticmethod(wrong))
+    message = (
+        r"layers of LlamaModel in torch.float32.*hidden states are up to \d.* from the truth, and \d.* are allowed"
+    )
+    with pytest.raises(ValueError, match=message):
+        model(batch())
+    assert counters()["self-check of the layers of LlamaModel failed"] == 1
+    detach()
+    assert not isinstance(model.model.layers[0].mlp, families.Fused)
+    assert torch.equal(model(batch()).logits, expected)
+
+
+def test_a_wrong_gradient_raises(monkeypatch):
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return 1.01 * gradient
+
+    model = tiny("llama")
+    attach(model)
+    right = families.swiglu
+    monkeypatch.setattr(type(model.model.layers[0].mlp), "gated", staticmethod(lambda g, u: Double.apply(right(g, u))))
+    with pytest.raises(ValueError, match="gradients are up to"):
+        model(batch())
+
+
+def test_quantized_layers_are_left_out_and_said(capsys):
+    model = tiny("llama")
+    attach(model)
+    model.model.layers[0].mlp.codes = torch.nn.Parameter(torch.zeros(3, dtype=torch.uint8), requires_grad=False)
+    model(batch())
+    assert counters()["self-check of layers left out: weights are quantized"] == 1
+    assert "self-check of LlamaModel's layers is left out: weights are quantized" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "cohere"])
+def test_the_language_head_passes_once(family, dtype):
+    from posttrain.integrations.causal_loss import loss_only
+
+    model = tiny(family, dtype)
+    attach(model)
+    for _ in range(2):
+        with loss_only(model):
+            model(input_ids=batch(), labels=batch())
+    assert counters()["self-check of the language head passed"] == 1
+
+
+@pytest.mark.parametrize("library", ["transformers", "trl"])
+def test_a_wrong_language_head_raises(library, monkeypatch):
+    right = posttrain.ops.linear_logprob
+
+    def off(*arguments, **options):
+        result = right(*arguments, **options)
+        return result._replace(logprob=result.logprob + 1e-3)
+
+    forget_checks()
+    if library == "transformers":
+        from posttrain.integrations.causal_loss import loss_only
+
+        monkeypatch.setattr("posttrain.integrations.causal_loss.linear_logprob", off)
+        model = tiny("llama")
+        attach(model)
+        with loss_only(model), pytest.raises(ValueError, match=r"language head.*log-probabilities are up to 0.001"):
+            model(input_ids=batch(), labels=batch())
+        return
+    from trl.kernels import ChunkedLogProbFunction
+
+    from posttrain.integrations.trl_logprob import LanguageHead
+
+    monkeypatch.setattr("posttrain.integrations.trl_logprob.linear_logprob", off)
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(*shape, generator=generator) for shape in ((9, 16), (57, 16)))
+    with pytest.raises(ValueError, match=r"language head.*log-probabilities are up to 0.001"):
+        LanguageHead(ChunkedLogProbFunction.apply).apply(hidden, weight, None, torch.arange(9), 1.0, 32768)
