@@ -88,6 +88,7 @@ class Case:
         make: makes the problem.
         passes: those of the problem's `work`.
         peers: functions of others, by name.
+        axis, size: in the suite scaling the name of the size that grows, and the size.
     """
 
     op: str
@@ -96,6 +97,8 @@ class Case:
     make: Callable[[], Problem]
     passes: tuple[str, ...]
     peers: Mapping[str, Callable[[Problem], Way | Function]] = field(default_factory=dict)
+    axis: str | None = None
+    size: int | None = None
 
     def __str__(self) -> str:
         return f"{self.op} {self.title}"

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -41,16 +42,18 @@ def _bench(options: argparse.Namespace) -> int:
             raise ConfigError(f"posttrain bench needs {name}: pip install posttrain[bench]")
     import pytest
 
-    from posttrain.bench.cases import CASES
+    from posttrain.bench.cases import CASES, SCALING
     from posttrain.bench.record import device_folder
     from posttrain.bench.session import Selection, Session
     from posttrain.bench.shapes import SUITES
 
-    _check("op", options.words, CASES)
-    suite = options.suite or Selection.suite
+    scaling = options.words[:1] == ["scaling"]
+    ops = tuple(options.words[scaling:])
+    suite = "scaling" if scaling else options.suite or Selection.suite
     _check("suite", [suite], SUITES)
+    _check("op", ops, SCALING if suite == "scaling" else CASES)
     check_writable(device_folder(options.out))
-    session = Session(Selection(tuple(options.words), suite, options.peers, options.out))
+    session = Session(Selection(ops, suite, options.peers, options.out))
     arguments = ["-q", "--no-header", "--tb=short", "--import-mode=importlib", "-p", "no:cacheprovider"]
     arguments += ["--rootdir", str(Path.cwd()), "-c", os.devnull, "--benchmark-quiet", "-W", "ignore"]
     return int(pytest.main([*arguments, str(Path(__file__).with_name("suite.py"))], plugins=[session]))
@@ -91,7 +94,7 @@ def _report(folders: list[str], out: str | None, readme: str | None) -> int:
     return 0
 
 
-def _check(kind: str, names: list[str], known: Any) -> None:
+def _check(kind: str, names: Sequence[str], known: Any) -> None:
     for name in names:
         if name not in known:
             raise ConfigError(f"unknown {kind} {name!r}; there are {', '.join(known)}")

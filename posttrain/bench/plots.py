@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from posttrain.bench.measure import OURS, PLAIN
+from posttrain.bench.power import fit
 from posttrain.bench.results import Figure, Key, Run
-from posttrain.bench.scaling import fit
 from posttrain.bench.svg import Axis, Chart, Series, Tick, short
 
 _MEGABYTE = 1 << 20

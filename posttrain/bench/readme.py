@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.bench.measure import OURS
-from posttrain.bench.report import SCALING, Device, overview
+from posttrain.bench.report import SCALING_SUITE, Device, overview
 from posttrain.bench.results import ResultError, read
 
 _MARKED = re.compile(r"(<!-- bench:(\S+) (\S+) -->\n)(.*?)(<!-- /bench -->)", re.DOTALL)
@@ -170,7 +170,7 @@ def _rollout(results: Results) -> Rows:
 def _overview(results: Results) -> Rows:
     runs = [read(path) for path in sorted(results.folder.glob("*.json"))]
     device = Device(runs[0].device if runs else "", [run for run in runs if "suite" in run.machine], [])
-    suites = [suite for suite in device.suites() if suite != SCALING]
+    suites = [suite for suite in device.suites() if suite != SCALING_SUITE]
     if not suites:
         raise ResultError(f"{results.folder}: no run of posttrain bench")
     head, rows = overview(device.merged(suites[0]))

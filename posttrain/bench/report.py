@@ -17,7 +17,7 @@ from posttrain.bench.page import Number, charts, page, row, table
 from posttrain.bench.plots import memory_plot, roofline_plot, scaling_plots, share_plot, speed_plot
 from posttrain.bench.results import Figure, Key, ResultError, Run, read
 
-SCALING = "scaling"
+SCALING_SUITE = "scaling"
 _MEGABYTE = 1 << 20
 _COLUMNS = ["", *map(Number, ("ms", "p20", "p80", "speed", "TFLOP/s", "GB/s", "roof", "error", "MB"))]
 
@@ -32,7 +32,7 @@ class Device:
 
     def suites(self) -> list[str]:
         """The suites that were run here, scaling last."""
-        return sorted({run.machine["suite"] for run in self.runs}, key=lambda suite: (suite == SCALING, suite))
+        return sorted({run.machine["suite"] for run in self.runs}, key=lambda suite: (suite == SCALING_SUITE, suite))
 
     def merged(self, suite: str) -> Run:
         """The newest figures of a suite, as if they were of one run; what was left out is of the newest run."""
@@ -81,7 +81,7 @@ def _device(index: int, device: Device) -> str:
     for suite in device.suites():
         run = device.merged(suite)
         parts += [f"<h3>Suite {escape(suite)}</h3>", _circumstances(run)]
-        parts += [charts(scaling_plots(run))] if suite == SCALING else [_suite(run)]
+        parts += [charts(scaling_plots(run))] if suite == SCALING_SUITE else [_suite(run)]
         parts += [_op(op, run) for op in dict.fromkeys(key.op for key in run.figures)]
         parts.append(_left_out(run.machine.get("left_out", [])))
     if device.comparisons:

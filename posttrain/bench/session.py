@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from posttrain.bench.case import Case
-from posttrain.bench.cases import CASES
+from posttrain.bench.cases import cases_of
 from posttrain.bench.compare import compare
 from posttrain.bench.device import GPU, Roofline, measure_roofline
 from posttrain.bench.measure import OURS, PLAIN, NotMeasured, Table, measure
@@ -76,7 +76,7 @@ class Session:
     def entries(self, ops: tuple[str, ...]) -> list[Entry]:
         """The tests of these ops, as far as they are selected."""
         suite, wanted = SUITES[self.selection.suite], self.selection.ops
-        cases = [case for op in ops if not wanted or op in wanted for case in CASES[op](suite)]
+        cases = [case for op in ops if not wanted or op in wanted for case in cases_of(op, suite)]
         return [
             Entry(case, name, column)
             for case in cases
@@ -157,6 +157,7 @@ class Session:
             "case": entry.case.title,
             "pass": entry.name,
             "column": entry.column,
+            **({"axis": entry.case.axis, "size": entry.case.size} if entry.case.axis else {}),
             "seconds": vars(comparison.seconds[entry.column]),
             "speed": vars(comparison.speedup[entry.column]),
             "flops": table.flops,

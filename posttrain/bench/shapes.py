@@ -1,10 +1,13 @@
 """The shapes of models that people train, as far as an op sees them; from the models' published configurations.
 
 `full` measures these. `quick` measures three of them a fourth as wide, with a sixteenth of the vocabulary, so that a
-CPU is done in minutes; head widths and ranks stay.
+CPU is done in minutes; head widths and ranks stay. `scaling` varies sizes around those of `full` on a GPU, and around
+those of `quick` on a CPU.
 """
 
 from dataclasses import dataclass, replace
+
+from posttrain.bench.device import GPU
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ class Suite:
     """What is measured: models, tokens of a batch, and how often.
 
     Attributes:
-        name: quick or full.
+        name: quick, full or scaling.
         models: shapes of the ops.
         steps: shapes of training steps and of generation.
         tokens: of the batches of ops, and of a step's.
@@ -104,4 +107,7 @@ _FEW = tuple(model.narrowed() for model in MODELS if model.name in ("llama-3-8b"
 SUITES = {
     "quick": Suite("quick", _FEW, tuple(m for m in _FEW if m.name == "qwen3-0.6b/4"), 1024, 7),
     "full": Suite("full", MODELS, tuple(m for m in MODELS if m.weights < 10**10), 8192, 15),
+    "scaling": Suite("scaling", MODELS[:1], MODELS[2:3], 8192, 9)
+    if GPU
+    else Suite("scaling", _FEW[:1], _FEW[1:2], 1024, 5),
 }

@@ -8,10 +8,10 @@ from xml.etree import ElementTree
 
 import pytest
 
+from posttrain.bench.power import fit
 from posttrain.bench.readme import filled
 from posttrain.bench.report import devices, html
 from posttrain.bench.results import ResultError
-from posttrain.bench.scaling import fit
 from posttrain.bench.svg import Axis, Chart, Series, short
 from posttrain.cli import main
 

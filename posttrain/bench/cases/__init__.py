@@ -1,9 +1,10 @@
-"""The cases of every op and training step: CASES[op](suite) lists them."""
+"""The cases of every op and training step: `cases_of(op, suite)` lists them."""
 
 from collections.abc import Callable
 
 from posttrain.bench.case import Case
 from posttrain.bench.cases import attention, decode, elementwise, logprob, lora, nf4, rollout, steps
+from posttrain.bench.cases.scaling import SCALING
 from posttrain.bench.shapes import Suite
 
 CASES: dict[str, Callable[[Suite], list[Case]]] = {
@@ -26,3 +27,10 @@ CASES: dict[str, Callable[[Suite], list[Case]]] = {
     "grpo": steps.grpo,
     "rollout": rollout.rollout,
 }
+
+
+def cases_of(op: str, suite: Suite) -> list[Case]:
+    """An op's cases in a suite; not every op is in the suite scaling."""
+    if suite.name != "scaling":
+        return CASES[op](suite)
+    return SCALING[op](suite) if op in SCALING else []

@@ -1,8 +1,8 @@
-"""Generation on models of a shape with random weights: four prompts with eight completions each, drawn freely.
+"""Generation on models of a shape with random weights, drawn freely: by default eight completions of four prompts.
 
 Plain PyTorch is `model.generate` with its cache, on copies of the prompts. Our log-probabilities are held to those of
 the plain model in a wider dtype for the same tokens. Operations are 2 for each weight of the layers and token, the
-prompts' once, and of the head and new token; bytes are the weights once for each step of 32 sequences.
+prompts' once, and of the head and new token; bytes are the weights once for each step.
 """
 
 from functools import partial
@@ -17,7 +17,6 @@ from posttrain.bench.device import DEVICE, DTYPE, WIDER
 from posttrain.bench.shapes import ModelShape, Suite
 
 GENERATE = "generate"
-_PROMPTS, _EACH = 4, 8
 
 
 class _NoWords:
@@ -35,25 +34,25 @@ class _NoWords:
         return ""
 
 
-def rollout(suite: Suite) -> list[Case]:
-    """As many new tokens as a prompt has."""
+def rollout(suite: Suite, prompts: int = 4, each: int = 8) -> list[Case]:
+    """`each` completions of `prompts` prompts; as many new tokens as a prompt has."""
     length, cases = suite.tokens // 16, []
     for model in suite.steps:
         need = model.weights * (2.0 * DTYPE.itemsize + WIDER.itemsize)
-        need += 2.0 * _PROMPTS * _EACH * 2 * length * model.vocabulary * WIDER.itemsize
-        title = f"{model.name}, {_PROMPTS} x ({length} + {_EACH} x {length}) tokens"
-        cases.append(Case("rollout", title, need, partial(_problem, model, length), (GENERATE,)))
+        need += 2.0 * prompts * each * 2 * length * model.vocabulary * WIDER.itemsize
+        title = f"{model.name}, {prompts} x ({length} + {each} x {length}) tokens"
+        cases.append(Case("rollout", title, need, partial(_problem, model, length, prompts, each), (GENERATE,)))
     return cases
 
 
-def _problem(model: ModelShape, length: int) -> Problem:
+def _problem(model: ModelShape, length: int, count: int, each: int) -> Problem:
     from posttrain.rollout import Engine, SamplingParams
 
     prepared, plain, wide = make_models(model, 2 * length)
-    prompts = torch.randint(3, model.vocabulary, (_PROMPTS, length))
-    rows = prompts.repeat_interleave(_EACH, 0).to(DEVICE)
-    engine = Engine(prepared, _NoWords(model.vocabulary), memory=_cache_bytes(model, length))
-    params = SamplingParams(n=_EACH, max_tokens=length, ignore_eos=True, seed=0)
+    prompts = torch.randint(3, model.vocabulary, (count, length))
+    rows = prompts.repeat_interleave(each, 0).to(DEVICE)
+    engine = Engine(prepared, _NoWords(model.vocabulary), memory=_cache_bytes(model, length, count * each))
+    params = SamplingParams(n=each, max_tokens=length, ignore_eos=True, seed=0)
     options = {"do_sample": True, "top_k": 0, "max_new_tokens": length, "min_new_tokens": length, "pad_token_id": 0}
 
     def ours() -> tuple[Tensor, Tensor]:
@@ -71,16 +70,16 @@ def _problem(model: ModelShape, length: int) -> Problem:
         return [(found.to(WIDER) - _scored(wide, rows, tokens)).to(found.dtype)]
 
     truth = [torch.zeros(len(rows), length, device=DEVICE, dtype=WIDER)]
-    drawn = _PROMPTS * _EACH * length
-    flops = 2.0 * model.layers * model.layer_weights * (_PROMPTS * length + drawn)
+    drawn = len(rows) * length
+    flops = 2.0 * model.layers * model.layer_weights * (count * length + drawn)
     flops += 2.0 * model.hidden * model.vocabulary * drawn
     moved = float(length * (model.weights - model.hidden * model.vocabulary) * DTYPE.itemsize)
     return Problem((), ours, theirs, {GENERATE: Work(flops, moved)}, checked=checked, truth=lambda: truth)
 
 
-def _cache_bytes(model: ModelShape, length: int) -> int:
+def _cache_bytes(model: ModelShape, length: int, count: int) -> int:
     """Room for all sequences without sharing."""
-    tokens = _PROMPTS * _EACH * (2 * length + 32)
+    tokens = count * (2 * length + 32)
     return 2 * model.layers * model.key_heads * model.width * DTYPE.itemsize * tokens
 
 

@@ -54,10 +54,11 @@ def dpo(suite: Suite) -> list[Case]:
     return _cases(suite, "dpo", f"4 x ({prompt} + 2 x {answer})", Texts([prompt] * 4, [answer] * 8), 2, _dpo)
 
 
-def grpo(suite: Suite) -> list[Case]:
-    """Two prompts with eight completions each."""
+def grpo(suite: Suite, each: int = 8) -> list[Case]:
+    """Two prompts with `each` completions each."""
     prompt, answer = suite.tokens // 8, suite.tokens // 32
-    return _cases(suite, "grpo", f"2 x ({prompt} + 8 x {answer})", Texts([prompt] * 2, [answer] * 16), 8, _grpo)
+    texts = Texts([prompt] * 2, [answer] * 2 * each)
+    return _cases(suite, "grpo", f"2 x ({prompt} + {each} x {answer})", texts, each, _grpo)
 
 
 def _sft(logprobs: Logprobs, sequence: Tensor) -> Tensor:
