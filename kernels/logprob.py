@@ -33,6 +33,7 @@ import triton
 from torch import Tensor
 
 from posttrain.kernels import logprob_device as kernels
+from posttrain.ops.block_sizes import chosen
 from posttrain.ops.logprob_problem import IGNORED, Grads, Needs, Problem, has_gradient
 
 
@@ -147,7 +148,8 @@ def blocks(p: Problem) -> Blocks:
         return FLOAT_BLOCKS
     major, minor = torch.cuda.get_device_capability(p.hidden.device)
     plain = p.bias is None and p.softcap is None and not p.need_entropy
-    return _newest(WIDE if plain else NARROW, 10 * major + minor)
+    shipped = _newest(WIDE if plain else NARROW, 10 * major + minor)
+    return chosen(f"linear_logprob {'wide' if plain else 'narrow'}", shipped, p.hidden.device)
 
 
 def _newest(table: dict[int, Blocks], capability: int) -> Blocks:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from posttrain.kernels import lora_device as kernels
 from posttrain.ops import nf4
+from posttrain.ops.block_sizes import chosen
 from posttrain.ops.lora_layer import Layer, Options, flat_b
 from posttrain.ops.lora_products import Bundle, Wanted
 
@@ -235,7 +236,9 @@ def _columns(layers: tuple[tuple[tuple[float, ...], int], ...], device: torch.de
 
 def _blocks(x: Tensor) -> Blocks:
     """Tile sizes: they depend on the device and the dtype, never on the number of rows."""
-    return BLOCKS[_newest(BLOCKS, x)] if x.is_cuda and x.dtype != torch.float32 else SMALL_BLOCKS
+    if not x.is_cuda or x.dtype == torch.float32:
+        return SMALL_BLOCKS
+    return chosen("lora_linear", BLOCKS[_newest(BLOCKS, x)], x.device)
 
 
 def _newest(table: dict[int, Any], x: Tensor) -> int:

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from posttrain.ops.block_sizes import chosen
 from posttrain.ops.nf4 import Parts
 from posttrain.ops.nf4_weight import code_table
 
@@ -161,10 +162,11 @@ def matvec(x: Tensor, weight: Parts, base: Tensor | None, y: Tensor) -> None:
     together = min(together, ODD_ROWS) if odd else together
     base = base if base is None or base.stride(-1) == 1 else base.contiguous()
     base_stride = 0 if base is None or base.ndim == 1 else base.stride(0)
+    sizes = dict(zip(MATVEC, chosen("nf4_linear", tuple(MATVEC.values()), x.device), strict=True))
     with _on(x):
-        matvec_kernel[triton.cdiv(weight.height, MATVEC["BLOCK_N"]), triton.cdiv(rows, together)](
+        matvec_kernel[triton.cdiv(weight.height, sizes["BLOCK_N"]), triton.cdiv(rows, together)](
             x, *_matrix(weight), base, y, rows, weight.height, weight.width, x.stride(0), base_stride, y.stride(0),
-            ODD=odd, ALIGNED=weight.width % weight.block == 0, ROWS=together, **_blocks(weight), **MATVEC,
+            ODD=odd, ALIGNED=weight.width % weight.block == 0, ROWS=together, **_blocks(weight), **sizes,
         )  # fmt: skip
 
 

@@ -25,6 +25,7 @@ import triton
 from torch import Tensor
 
 from posttrain.kernels import packed_attention_device as kernels
+from posttrain.ops.block_sizes import chosen
 
 
 class Blocks(NamedTuple):
@@ -82,7 +83,7 @@ def packed_attention_forward(
     tokens, heads, width = q.shape
     out = q.new_empty(tokens, heads, v.shape[2])
     lse = q.new_empty(heads, 2, tokens, dtype=torch.float32)
-    blocks = _blocks(FLOAT_FORWARD, FORWARD, q, v)
+    blocks = _blocks("forward", FLOAT_FORWARD, FORWARD, q, v)
     if q.numel():
         with _on(q):
             kernels.forward_kernel[heads, triton.cdiv(tokens, blocks.queries)](
@@ -117,7 +118,7 @@ def packed_attention_backward(
         return grad_q, grad_k, grad_v, delta
     sizes, options = _sizes(width, value_width), (softcap > 0, window > 0)
     numbers = scale, softcap or 1.0, window, tokens
-    dkv, dq = _blocks(FLOAT_DKV, DKV, q, v), _blocks(FLOAT_DQ, DQ, q, v)
+    dkv, dq = _blocks("dkv", FLOAT_DKV, DKV, q, v), _blocks("dq", FLOAT_DQ, DQ, q, v)
     strides = *_strides(q, k, v), *grad_out.stride()[:2]
     with _on(q):
         kernels.delta_kernel[heads, triton.cdiv(tokens, DELTA_QUERIES)](
@@ -166,7 +167,9 @@ def _launch(blocks: Blocks) -> dict[str, int]:
     }
 
 
-def _blocks(float_blocks: dict[int, Blocks], blocks: dict[int, dict[int, Blocks]], q: Tensor, v: Tensor) -> Blocks:
+def _blocks(
+    kernel: str, float_blocks: dict[int, Blocks], blocks: dict[int, dict[int, Blocks]], q: Tensor, v: Tensor
+) -> Blocks:
     """Block for a problem: it depends on the device, the dtype and the width of the heads, never on T."""
     width = max(q.shape[2], v.shape[2])
     if width > 256:
@@ -178,7 +181,7 @@ def _blocks(float_blocks: dict[int, Blocks], blocks: dict[int, dict[int, Blocks]
     if q.dtype == torch.float32:
         return float_blocks[width]
     major, minor = torch.cuda.get_device_capability(q.device) if q.is_cuda else (8, 0)
-    return _newest(blocks, 10 * major + minor)[width]
+    return chosen(f"packed_attention {kernel} {width}", _newest(blocks, 10 * major + minor)[width], q.device)
 
 
 def _newest(table: dict[int, dict[int, Blocks]], capability: int) -> dict[int, Blocks]:

@@ -18,6 +18,7 @@ import triton
 from torch import Tensor
 
 from posttrain.kernels import paged_attention_device as kernels
+from posttrain.ops.block_sizes import chosen
 
 SPLIT = 512
 
@@ -111,7 +112,10 @@ def _blocks(q: Tensor, group: int, decode: bool) -> Blocks:
         )
     single = q.dtype == torch.float32
     table = (FLOAT_DECODE if single else DECODE) if decode else (FLOAT_CHUNK if single else CHUNK)
-    blocks = table[64 if width <= 64 else 128 if width <= 128 else 256]
+    width = 64 if width <= 64 else 128 if width <= 128 else 256
+    blocks = table[width]
+    if not single:
+        blocks = chosen(f"paged_attention {'decode' if decode else 'chunk'} {width}", blocks, q.device)
     return blocks._replace(rows=max(blocks.rows, _power(group)))
 
 

@@ -4,6 +4,7 @@ import os
 import platform
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -17,7 +18,7 @@ _KINDS = (("cpu", torch.float32), ("cpu", torch.bfloat16), ("cuda", torch.bfloat
 
 def report() -> str:
     """Everything `posttrain doctor` prints."""
-    sections = {"machine": _machine(), "packages": _packages(), "ops": _ops()}
+    sections = {"machine": _machine(), "packages": _packages(), "ops": _ops(), "block sizes": _block_sizes()}
     lines = []
     for title, pairs in sections.items():
         lines += ["", title]
@@ -62,6 +63,19 @@ def _ops() -> Iterator[tuple[str, str]]:
             for op in SUPPORT:
                 backend, reason = explain(op, tensor)
                 yield f"{op}, {device} {str(dtype).removeprefix('torch.')}", f"{backend}: {reason}"
+
+
+def _block_sizes() -> Iterator[tuple[str, str]]:
+    """Of the Triton kernels on every model of GPU that is here."""
+    if not torch.cuda.is_available() or find_spec("triton") is None:
+        yield "of Triton kernels", "from their tables; posttrain tune measures them where there is a GPU"
+        return
+    from posttrain.bench.tune import choices
+
+    devices = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    for name, capability in dict.fromkeys((device.name, 10 * device.major + device.minor) for device in devices):
+        for kernel, sizes in choices(name, capability):
+            yield kernel, f"{sizes}, {name}"
 
 
 def _cpu_name() -> str:

@@ -28,6 +28,15 @@ def add_command(commands: Any) -> None:
     bench.add_argument("--out", metavar="PATH", help="folder of results (default: bench/results); of report, its file")
     bench.add_argument("--readme", metavar="FILE", help="of report: also write the tables between a document's marks")
     bench.set_defaults(run=_bench)
+    tune = commands.add_parser(
+        "tune",
+        help="measure the block sizes of the kernels on this GPU and keep the fastest",
+        description="Measure the block sizes of the Triton kernels on this GPU, and keep those that are faster than "
+        "the shipped ones, in the user's cache. `posttrain doctor` shows what is used.",
+        allow_abbrev=False,
+    )
+    tune.add_argument("ops", nargs="*", metavar="OP", help="ops to tune (default: all that can be)")
+    tune.set_defaults(run=_tune)
 
 
 def _bench(options: argparse.Namespace) -> int:
@@ -57,6 +66,28 @@ def _bench(options: argparse.Namespace) -> int:
     arguments = ["-q", "--no-header", "--tb=short", "--import-mode=importlib", "-p", "no:cacheprovider"]
     arguments += ["--rootdir", str(Path.cwd()), "-c", os.devnull, "--benchmark-quiet", "-W", "ignore"]
     return int(pytest.main([*arguments, str(Path(__file__).with_name("suite.py"))], plugins=[session]))
+
+
+def _tune(options: argparse.Namespace) -> int:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ConfigError("posttrain tune needs a CUDA GPU that torch can use, and there is none")
+    from posttrain.bench.tune import timed, tunables, tune
+    from posttrain.ops.block_sizes import gpu_name, save
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    major, minor = torch.cuda.get_device_capability(device)
+    found = tunables(10 * major + minor)
+    _check("op", options.ops, list(dict.fromkeys(each.op for each in found)))
+    chosen = [each for each in found if not options.ops or each.op in options.ops]
+    try:
+        path = save(gpu_name(device), {})  # before anything is measured: it must be readable and writable
+        save(gpu_name(device), tune(chosen, timed, print))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    print(f"-> {path}")
+    return 0
 
 
 def _compare(names: list[str]) -> int:
