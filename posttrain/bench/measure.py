@@ -7,13 +7,13 @@ is asked that no value is off by more than 2% of the largest, so that a peer tha
 stays in the table, with its error beside its speed.
 
 All who are right take turns in one process; before every call the arguments move on to a copy that caches have
-forgotten.
+forgotten. `calls_of` is for comparisons that time the same arguments again and again.
 """
 
 import gc
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from posttrain.bench.case import (
     BOTH,
+    Arguments,
     Case,
     Problem,
     Unavailable,
@@ -34,8 +35,10 @@ from posttrain.bench.case import (
 from posttrain.bench.device import ROTATED, WIDER, cache_bytes, free_bytes
 from posttrain.bench.interleave import Comparison, alternate
 from posttrain.bench.memory import peak_of
+from posttrain.bench.peers import Makers
 
 OURS, PLAIN = "posttrain", "plain PyTorch"
+Call = Callable[[], object]
 COARSE = 0.02  # of the largest value, the most by which a peer may be off
 
 
@@ -87,16 +90,32 @@ def measure(case: Case, rounds: int, peers: bool = False) -> dict[str, Table]:
 
 def _tables(case: Case, rounds: int, peers: bool) -> dict[str, Table]:
     problem = case.make()
+    ways, missing = _ways(problem, case.peers if peers else {})
+    right = _gate(problem, ways, missing)
+    sets = _sets(problem)
+    return {name: _table(problem, name, right, ways, sets, rounds, missing) for name in case.passes}
+
+
+def calls_of(problem: Problem, peers: Makers, name: str) -> tuple[dict[str, Call], dict[str, str]]:
+    """Calls of a pass by those who are right, all on the problem's own arguments, and why others have none.
+
+    Raises `NotMeasured` if our function is wrong.
+    """
+    ways, missing = _ways(problem, peers)
+    right = _gate(problem, ways, missing)
+    return _calls(ways, right, [problem.arguments], name, missing), missing
+
+
+def _ways(problem: Problem, peers: Makers) -> tuple[dict[str, Way], dict[str, str]]:
+    """Ours, plain PyTorch's and the peers' functions, and why peers have none."""
     ways, missing = {OURS: Way(problem.ours), PLAIN: Way(problem.plain)}, {}
-    for name, maker in case.peers.items() if peers else ():
+    for name, maker in peers.items():
         try:
             made = maker(problem)
             ways[name] = made if isinstance(made, Way) else Way(made)
         except Exception as error:  # whatever a peer does, the others are measured
             missing[name] = describe(error)
-    right = _gate(problem, ways, missing)
-    sets = _sets(problem)
-    return {name: _table(problem, name, right, ways, sets, rounds, missing) for name in case.passes}
+    return ways, missing
 
 
 def describe(error: BaseException) -> str:
@@ -147,7 +166,7 @@ def _results(problem: Problem, way: Way, given: Any, wide: Any, incoming: list[T
     with torch.no_grad():
         result = way.call(*arguments)
     if not incoming:
-        return list(problem.checked(wide, result)) if problem.checked else outputs_of(result)
+        return list(problem.checked(wide, result)) if problem.checked else [way.back(x) for x in outputs_of(result)]
     outputs = outputs_of(way.call(*arguments))
     seeds = [way.into(g).to(y.dtype) for g, y in zip(incoming, outputs, strict=True)]
     gradients = torch.autograd.grad(outputs, leaves_of(arguments), seeds)
@@ -174,7 +193,7 @@ def _fault(found: list[Tensor], plain: list[Tensor], truth: list[Tensor]) -> str
     return None
 
 
-def _sets(problem: Problem) -> list[Any]:
+def _sets(problem: Problem) -> list[Arguments]:
     """The arguments, and as many copies of them as exceed the caches twice over."""
     size = max(1, sum(x.nbytes for x in tensors_of(problem.arguments)))
     room = min(2 * cache_bytes(), ROTATED, free_bytes() // 4)
@@ -186,20 +205,12 @@ def _table(
     name: str,
     errors: Mapping[str, float],
     ways: Mapping[str, Way],
-    sets: list[Any],
+    sets: list[Arguments],
     rounds: int,
     missing: Mapping[str, str],
 ) -> Table:
-    calls, absent = {}, dict(missing)
-    for way_name in errors:
-        try:
-            call = _call(ways[way_name], sets, backward=name == BOTH)
-            call()
-            calls[way_name] = call
-        except Exception as error:  # out of memory, say
-            if way_name in (OURS, PLAIN):
-                raise NotMeasured(f"{way_name} {describe(error)}", wrong=way_name == OURS) from error
-            absent[way_name] = describe(error)
+    absent = dict(missing)
+    calls = _calls(ways, errors, sets, name, absent)
     gc.collect()
     peaks = {way_name: peak_of(call) for way_name, call in calls.items()}
     samples = alternate(calls, rounds)
@@ -208,10 +219,27 @@ def _table(
     return Table(work.flops, work.moved, columns, Comparison.of(PLAIN, samples), absent)
 
 
-def _call(way: Way, sets: list[Any], backward: bool) -> Callable[[], object]:
+def _calls(
+    ways: Mapping[str, Way], right: Iterable[str], sets: list[Arguments], name: str, missing: dict[str, str]
+) -> dict[str, Call]:
+    """Calls of a pass that have run once; of peers that can't, `missing` gets to know why."""
+    calls = {}
+    for way_name in right:
+        try:
+            call = _call(ways[way_name], sets, backward=name == BOTH)
+            call()
+            calls[way_name] = call
+        except Exception as error:  # out of memory, say
+            if way_name in (OURS, PLAIN):
+                raise NotMeasured(f"{way_name} {describe(error)}", wrong=way_name == OURS) from error
+            missing[way_name] = describe(error)
+    return calls
+
+
+def _call(way: Way, sets: list[Arguments], backward: bool) -> Call:
     """The function on one set of arguments after the other."""
     prepared = [way.prepare(arguments) for arguments in sets]
-    turns: Iterator[Any] = itertools.cycle(prepared)
+    turns: Iterator[Arguments] = itertools.cycle(prepared)
     if not backward:
 
         def forward() -> None:

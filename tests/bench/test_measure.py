@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from posttrain.bench import measure as module
-from posttrain.bench.case import Way, copied
+from posttrain.bench.case import BOTH, FORWARD, Way, copied
 from posttrain.bench.interleave import Comparison, alternate
-from posttrain.bench.measure import OURS, PLAIN, NotMeasured, measure
+from posttrain.bench.measure import OURS, PLAIN, NotMeasured, calls_of, measure
 
 
 @pytest.fixture(autouse=True)
@@ -124,6 +124,34 @@ def test_arguments_take_turns(make_case):
 
     measure(make_case(ours=ours), rounds=4)  # two caches of 128 bytes hold four sets of 64
     assert len(seen) >= 4
+
+
+@pytest.mark.parametrize("name", [FORWARD, BOTH])
+def test_calls_pass_the_gate_and_stay_with_the_arguments(make_case, name):
+    seen = []
+
+    def ours(x):
+        seen.append(x.data_ptr())
+        return 2 * x
+
+    problem = make_case(ours=ours).make()
+    peers = {"right": lambda problem: lambda x: x + x, "wrong": lambda problem: lambda x: 3 * x}
+    calls, missing = calls_of(problem, peers, name)
+    assert list(calls) == [OURS, PLAIN, "right"]
+    assert missing == {"wrong": "is wrong: off by 0.5 of the largest value"}
+    seen.clear()
+    for _ in range(3):
+        calls[OURS]()
+    assert seen == [problem.arguments[0].data_ptr()] * 3
+    with pytest.raises(NotMeasured, match="posttrain is wrong"):
+        calls_of(make_case(ours=lambda x: 3 * x).make(), {}, name)
+
+
+def test_a_peer_with_its_own_shape_is_right_without_a_backward_too(make_case):
+    problem = make_case().make()
+    problem = replace(problem, work={FORWARD: problem.work[FORWARD]})
+    halves = Way(lambda x: x + x, lambda args: (args[0].view(2, -1),), back=torch.flatten)
+    assert "halves" in calls_of(problem, {"halves": lambda problem: halves}, FORWARD)[0]
 
 
 def test_functions_take_turns():

@@ -18,10 +18,10 @@ from posttrain.bench import attention_peers as peers
 from posttrain.bench.attention_peers import sdpa
 from posttrain.bench.case import BOTH, FORWARD, Case, Function, Problem, Work, randn
 from posttrain.bench.device import DEVICE, DTYPE, GPU, WIDER
-from posttrain.bench.shapes import ModelShape, Suite
+from posttrain.bench.shapes import Suite
 from posttrain.ops.layout import PackedLayout
 
-_PEERS: peers.Makers = {
+PEERS: peers.Makers = {
     "SDPA padded": peers.padded,
     "SDPA cuDNN": peers.cudnn,
     "FlexAttention": peers.flex,
@@ -53,21 +53,28 @@ def packed_attention(suite: Suite) -> list[Case]:
                 "packed_attention",
                 title,
                 6 * size + scores,
-                partial(_problem, model, lengths, parents),
+                partial(problem, (model.heads, model.key_heads), model.width, lengths, parents),
                 (FORWARD, BOTH),
-                {**_PEERS, "prefix-grouper": peers.prefix_grouper} if parents[-1] == 0 else _PEERS,
+                {**PEERS, "prefix-grouper": peers.prefix_grouper} if parents[-1] == 0 else PEERS,
             )
     return list(cases.values())
 
 
-def _problem(model: ModelShape, lengths: list[int], parents: list[int]) -> Problem:
+def problem(heads: tuple[int, int], width: int, lengths: list[int], parents: list[int], grad: bool = True) -> Problem:
+    """A forest of sequences, or, if the last has a parent, of a prompt and its completions of one length.
+
+    Args:
+        heads: Hq and Hkv.
+        width: D, of a head.
+        lengths, parents: as in `PackedLayout.from_forest`.
+        grad: whether there is a backward.
+    """
     layout = PackedLayout.from_forest(lengths, parents, DEVICE)
-    heads = (model.heads, model.key_heads, model.key_heads)
-    tensors = tuple(randn(layout.num_tokens, h, model.width, grad=True) for h in heads)
+    tensors = tuple(randn(layout.num_tokens, h, width, grad=grad) for h in (*heads, heads[1]))
     pairs = float((layout.positions.double() + 1).sum())
     size = sum(x.nbytes for x in tensors) + tensors[0].nbytes
-    product = 2 * pairs * model.heads * model.width
-    work = {FORWARD: Work(2 * product, size), BOTH: Work(7 * product, 3 * size)}
+    product = 2 * pairs * heads[0] * width
+    work = {FORWARD: Work(2 * product, size)} | ({BOTH: Work(7 * product, 3 * size)} if grad else {})
     plain = _unshared(lengths) if parents[-1] == 0 else _each(lengths)
     context = SimpleNamespace(layout=layout, lengths=lengths, shared=parents[-1] == 0)
     return Problem(tensors, lambda q, k, v: ops.packed_attention(q, k, v, layout), plain, work, context)

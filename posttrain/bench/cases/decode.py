@@ -61,20 +61,28 @@ def paged_attention(suite: Suite) -> list[Case]:
             title = f"{_ROWS} x {keys} keys{sharing}, {model.heads}/{model.key_heads} heads of {model.width}"
             size = 2.0 * _ROWS * keys * model.key_heads * model.width * DTYPE.itemsize
             need = size * (4 + 2 * WIDER.itemsize / DTYPE.itemsize)
-            problem = model, keys, shared
-            cases[title] = Case("paged_attention", title, need, partial(_decode, *problem), (FORWARD,))
+            make = partial(decode, _ROWS, keys, shared, (model.heads, model.key_heads), model.width)
+            cases[title] = Case("paged_attention", title, need, make, (FORWARD,))
     return list(cases.values())
 
 
-def _decode(model: ModelShape, keys: int, shared: int) -> Problem:
-    """One step's queries; the sequences' tables begin with the pages of the prompt."""
-    common, each = shared // _PAGE, (keys - shared) // _PAGE
-    first = common + torch.arange(_ROWS, dtype=torch.int32)[:, None] * each
-    table = torch.cat([torch.arange(common).expand(_ROWS, -1), first + torch.arange(each)], 1).int().to(DEVICE)
-    caches = [randn(common + _ROWS * each, _PAGE, model.key_heads, model.width) for _ in range(2)]
-    lens = torch.full((_ROWS,), keys, dtype=torch.int32, device=DEVICE)
-    q = randn(_ROWS, model.heads, model.width)
-    flat = [cache[table.long()].flatten(1, 2).transpose(1, 2).contiguous() for cache in caches]
+def decode(rows: int, keys: int, shared: int, heads: tuple[int, int], width: int) -> Problem:
+    """One step's queries of `rows` sequences with `keys` keys each; their tables begin with the pages of the prompt.
+
+    Args:
+        rows: sequences.
+        keys: of each, those of the prompt among them.
+        shared: tokens of the prompt, whole pages.
+        heads: Hq and Hkv.
+        width: D, of a head.
+    """
+    common, each = shared // _PAGE, -(-(keys - shared) // _PAGE)
+    first = common + torch.arange(rows, dtype=torch.int32)[:, None] * each
+    table = torch.cat([torch.arange(common).expand(rows, -1), first + torch.arange(each)], 1).int().to(DEVICE)
+    caches = [randn(common + rows * each, _PAGE, heads[1], width) for _ in range(2)]
+    lens = torch.full((rows,), keys, dtype=torch.int32, device=DEVICE)
+    q = randn(rows, heads[0], width)
+    flat = [cache[table.long()].flatten(1, 2)[:, :keys].transpose(1, 2).contiguous() for cache in caches]
 
     def plain(q: Tensor, _k: Tensor, _v: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """SDPA on caches that are contiguous and of one length already."""
@@ -83,7 +91,7 @@ def _decode(model: ModelShape, keys: int, shared: int) -> Problem:
     def ours(q: Tensor, k: Tensor, v: Tensor, _keys: Tensor, _values: Tensor) -> Tensor:
         return ops.paged_attention(q, k, v, table, lens)
 
-    work = Work(4.0 * _ROWS * keys * model.heads * model.width, caches[0].nbytes + caches[1].nbytes + 2 * q.nbytes)
+    work = Work(4.0 * rows * keys * heads[0] * width, caches[0].nbytes + caches[1].nbytes + 2 * q.nbytes)
     return Problem((q, *caches, *flat), ours, plain, {FORWARD: work})
 
 
@@ -92,26 +100,26 @@ def sample(suite: Suite) -> list[Case]:
     cases = []
     for vocabulary in dict.fromkeys(model.vocabulary for model in suite.models):
         for name, (top_k, top_p) in _FILTERS.items():
-            draw = vocabulary, top_k, top_p
             need = 12.0 * _ROWS * vocabulary * WIDER.itemsize
             title = f"[{_ROWS}, {vocabulary}] {name}"
-            cases.append(Case("sample", title, need, partial(_draw, *draw), (FORWARD,)))
+            cases.append(Case("sample", title, need, partial(draw, vocabulary, top_k, top_p), (FORWARD,)))
     return cases
 
 
-def _draw(vocabulary: int, top_k: int, top_p: float) -> Problem:
+def draw(vocabulary: int, top_k: int, top_p: float) -> Problem:
+    """A token of each of 32 rows of logits."""
     logits = randn(_ROWS, vocabulary, scale=2)
     seeds = torch.arange(_ROWS, device=DEVICE)
 
     def plain(logits: Tensor) -> tuple[Tensor, Tensor]:
-        tokens = torch.multinomial(_filtered(logits, top_k, top_p).softmax(-1), 1)
+        tokens = torch.multinomial(filtered(logits, top_k, top_p).softmax(-1), 1)
         return tokens[:, 0], logits.log_softmax(-1).gather(-1, tokens)[:, 0]
 
     def checked(wide: Arguments, result: tuple[Tensor, Tensor]) -> list[Tensor]:
         """Each logprob less the true one of its token, if that is as large as the smallest that the filters leave."""
         tokens, logprobs = result
         (true,) = wide
-        kept = _filtered(true, top_k, top_p)
+        kept = filtered(true, top_k, top_p)
         lowest = kept.masked_fill(kept.isinf(), torch.inf).amin(-1)
         left = true.gather(-1, tokens[:, None])[:, 0] >= lowest
         off = logprobs - true.log_softmax(-1).gather(-1, tokens[:, None])[:, 0].to(logprobs.dtype)
@@ -125,7 +133,7 @@ def _draw(vocabulary: int, top_k: int, top_p: float) -> Problem:
     return Problem((logits,), ours, plain, work, checked=checked, truth=lambda: truth)
 
 
-def _filtered(logits: Tensor, top_k: int, top_p: float) -> Tensor:
+def filtered(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     """Logits after transformers' TopKLogitsWarper and TopPLogitsWarper."""
     if top_k:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
