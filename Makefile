@@ -1,5 +1,7 @@
 # make demo   set up .venv and run the main job: SFT, DPO and GRPO of a small model, with scores and samples after each
 # make test   set up .venv, lint, and run the tests
+# make test-compat  the hooks of posttrain.enable() with the oldest and newest transformers, PEFT and TRL that they take
+#             (TRL_TESTS=path/to/trl/tests runs TRL's own tests, too; TRL=1.10.0 names their release)
 # make bench  set up .venv, measure every op and step, say what moved since the committed run, and compare with peers
 # make gpu    on a machine with a CUDA GPU: build, GPU tests, benchmarks; results as JSON in $OUT or bench/results
 
@@ -9,7 +11,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := pyproject.toml build_backend.py CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: install demo test lint bench gpu clean
+.PHONY: install demo test test-compat lint bench gpu clean
 
 install: $(STAMP)
 
@@ -36,6 +38,9 @@ lint: install
 test: lint
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
+test-compat: install
+	$(BIN)/python tests/compat/environments.py $(if $(TRL_TESTS),--trl-tests $(TRL_TESTS)) $(if $(TRL),--trl $(TRL))
+
 bench: install
 	$(BIN)/posttrain bench
 	$(BIN)/python -m pytest bench -k "not test_case"
@@ -45,4 +50,4 @@ gpu:
 	bash bench/gpu.sh
 
 clean:
-	rm -rf $(VENV) build dist runs
+	rm -rf $(VENV) .compat build dist runs

@@ -22,8 +22,10 @@ from posttrain.integrations.counting import count, forget, say
 from posttrain.integrations.models import attach, detach
 from posttrain.integrations.trainer_steps import loss_without_logits, without_logits
 from posttrain.integrations.trl_batches import methods, shared
-from posttrain.integrations.trl_logprob import LanguageHead
+from posttrain.integrations.trl_logprob import language_head
 from posttrain.integrations.versions import installed
+
+_HEAD = "_ChunkedLogProbFunction"
 
 _undo: list[tuple[Any, str, Any]] = []  # owner, name, what it was
 
@@ -133,11 +135,13 @@ def _hook_trl(version: str) -> str:
     """What was replaced in TRL, in words."""
     from trl.trainer import utils
 
-    if not hasattr(utils, "_ChunkedLogProbFunction"):
+    theirs = getattr(utils, _HEAD, None)
+    if theirs is None:
         return f"  not replaced: the language head in TRL's trainers, which trl {version} calls elsewhere"
-    theirs = utils._use_triton
-    _replace(utils, "_ChunkedLogProbFunction", LanguageHead(utils._ChunkedLogProbFunction.apply))
-    _replace(utils, "_use_triton", lambda device: device.type == "cpu" or theirs(device))
+    _replace(utils, _HEAD, language_head(theirs))
+    if hasattr(utils, "_use_triton"):  # since 1.16; before, positions without a target were left out everywhere
+        on_a_gpu = utils._use_triton
+        _replace(utils, "_use_triton", lambda device: device.type == "cpu" or on_a_gpu(device))
     return (
         "  the language head in TRL's trainers: linear_logprob\n"
         "  the batches of TRL's SFT, DPO, KTO, GRPO and RLOO trainers: padding left out, common prefixes computed once"

@@ -14,6 +14,7 @@ is_top1 have no gradient, as in TRL.
 """
 
 from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 import torch
@@ -87,6 +88,29 @@ class LanguageHead:
             return self.theirs(rows, found.weight, found.bias, targets, *arguments)[:2]  # type: ignore[return-value]
 
         check_head(found, hidden, targets, temperature, ours, theirs)
+
+
+class PairHead(LanguageHead):
+    """The same for TRL before 1.15: two outputs, and at first no bias."""
+
+    def __init__(self, theirs: Any) -> None:
+        self.takes_bias = "bias" in signature(theirs.forward).parameters
+        super().__init__(lambda hidden, weight, bias, *rest: theirs.apply(hidden, weight, *self._bias(bias), *rest[:5]))
+
+    def _bias(self, bias: Tensor | None) -> tuple[Tensor | None, ...]:
+        return (bias,) if self.takes_bias else ()
+
+    def apply(self, hidden: Tensor, weight: Tensor, *rest: Any) -> Any:
+        """(log_probs, entropy), each `[N]`."""
+        bias, *rest_ = rest if self.takes_bias else (None, *rest)
+        names = ("targets", "temperature", "chunk_size", "final_logit_softcapping", "logit_scale")
+        scalars = dict(zip(names, rest_, strict=False))
+        return super().apply(hidden, weight, bias, **scalars, outputs=("entropy",))[:2]
+
+
+def language_head(theirs: Any) -> LanguageHead:
+    """What stands in for `theirs`, the autograd function of this release of TRL."""
+    return LanguageHead(theirs.apply) if "outputs" in signature(theirs.forward).parameters else PairHead(theirs)
 
 
 def _obstacle(weight: Tensor, dtype: torch.dtype) -> str | None:
