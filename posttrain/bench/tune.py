@@ -3,7 +3,8 @@
 From the shipped sizes the search goes to their neighbours, of which each has one size doubled or halved, or a stage
 more or less; as long as one of them is faster, on to its neighbours. All sizes of a round take turns, as in
 `posttrain bench`, on the shapes of a model of 8 billion weights. Sizes that don't compile, don't fit, or give results
-further than twice as far from the truth as the shipped ones are out.
+further than twice as far from the truth as the shipped ones are out. What is measured has the features that take shared
+memory (adapters, both passes), so that sizes that pass here fit there.
 
 This happens only here, never in a training step: posttrain/ops/block_sizes.py says how kernels get to know.
 """
@@ -16,8 +17,9 @@ import torch
 from torch import Tensor
 
 from posttrain import ops
-from posttrain.bench.case import FORWARD, Case, Problem, copied
-from posttrain.bench.cases import attention, decode, logprob, lora, nf4
+from posttrain.bench.case import BOTH, FORWARD, Case, Problem, Work, randn
+from posttrain.bench.cases import attention, decode, lora, nf4
+from posttrain.bench.device import DEVICE, WIDER
 from posttrain.bench.measure import OURS, PLAIN, NotMeasured, measure
 from posttrain.bench.shapes import SUITES, ModelShape
 from posttrain.ops.backend import use_backend
@@ -198,10 +200,10 @@ def tunables(capability: int) -> list[Tunable]:
             ("dq", attention_kernels.DQ, both),
         ):
             add(f"packed_attention {kernel} {width}", table, _ATTENTION, case, width)
-    add("linear_logprob wide", logprob_kernels.WIDE, _GEMM, _first(logprob.linear_logprob))
-    add("linear_logprob narrow", logprob_kernels.NARROW, _GEMM, _with_entropy(_first(logprob.linear_logprob)))
+    add("linear_logprob wide", logprob_kernels.WIDE, _GEMM, _logprob(rich=False))
+    add("linear_logprob narrow", logprob_kernels.NARROW, _GEMM, _logprob(rich=True))
     fused = lora_kernels.FUSED[max(known for known in lora_kernels.FUSED if known <= max(capability, 80))]
-    add("lora_linear", lora_kernels.BLOCKS, _GEMM, _first(lora.lora_linear) if fused else None)
+    add("lora_linear", lora_kernels.BLOCKS, _GEMM, _lora() if fused else None)
     everywhere = {capability: tuple(nf4_kernels.MATVEC.values())}
     add("nf4_linear", everywhere, (Range(1, 32), Range(64, 1024), _WARPS), _first(nf4.nf4_linear))
     for width, sizes in paged_kernels.DECODE.items():
@@ -222,28 +224,42 @@ def _first(cases: Callable[..., list[Case]], model: ModelShape | None = None) ->
     return replace(case, passes=case.passes[:1], peers={})
 
 
+def _lora() -> Case:
+    """Both passes with the largest rank that one block takes."""
+    model = replace(SUITES["full"].models[0], rank=64)
+    case = lora.lora_linear(replace(SUITES["full"], models=(model,)))[0]
+    return replace(case, passes=(BOTH,), peers={})
+
+
 def _attention(width: int) -> tuple[Case, Case]:
     """One causal sequence: its forward, and both passes."""
     case = attention.packed_attention(replace(SUITES["full"], models=(_shape(width),)))[0]
-    return replace(case, passes=(FORWARD,)), case
+    case = replace(case, peers={})
+    return replace(case, passes=(FORWARD,)), replace(case, passes=(BOTH,))
 
 
-def _with_entropy(case: Case) -> Case:
-    """The log-probabilities and the entropies, forward."""
-
-    def ours(x: Tensor, weight: Tensor, y: Tensor) -> Tensor:
-        out = ops.linear_logprob(x, weight, y, need_entropy=True)
-        assert out.entropy is not None
-        return out.entropy.sum() - out.logprob.sum()
-
-    def plain(x: Tensor, weight: Tensor, y: Tensor) -> Tensor:
-        logits = (x @ weight.T).to(torch.promote_types(x.dtype, torch.float32))
-        logprobs = logits.log_softmax(-1)
-        return -(logprobs.exp() * logprobs).sum() - logprobs.gather(-1, y[:, None]).sum()
+def _logprob(rich: bool) -> Case:
+    """Forward and backward with an adapter on the head; `rich` also has a bias, a softcap and the entropy."""
+    tokens, model = SUITES["full"].tokens, SUITES["full"].models[0]
+    need = 8.0 * tokens * model.vocabulary * WIDER.itemsize
 
     def make() -> Problem:
-        problem = case.make()
-        arguments = tuple(x.detach() for x in copied(problem.arguments))
-        return Problem(arguments, ours, plain, {FORWARD: problem.work[FORWARD]})
+        hidden, words, rank = model.hidden, model.vocabulary, 32
+        x, weight = randn(tokens, hidden, grad=True), randn(words, hidden, scale=hidden**-0.5, grad=True)
+        low, high = randn(rank, hidden, scale=hidden**-0.5, grad=True), randn(words, rank, scale=0.1, grad=True)
+        y, bias = torch.randint(words, (tokens,), device=DEVICE), randn(words, grad=True)
+        features: dict[str, Any] = {"softcap": 30.0, "need_entropy": True} if rich else {}
 
-    return replace(case, make=make, passes=(FORWARD,))
+        def ours(x: Tensor, weight: Tensor, low: Tensor, high: Tensor, y: Tensor, *bias: Tensor) -> Tensor:
+            first = bias[0] if bias else None
+            out = ops.linear_logprob(x, weight, y, bias=first, lora=(low, high, 1.0), **features)
+            return -out.logprob.sum() if out.entropy is None else out.entropy.sum() - out.logprob.sum()
+
+        def plain(*arguments: Tensor) -> Tensor:
+            with use_backend("reference", "linear_logprob"):
+                return ours(*arguments)
+
+        work = dict.fromkeys((FORWARD, BOTH), Work(6.0 * tokens * hidden * words, 0.0))
+        return Problem((x, weight, low, high, y, *[bias] * rich), ours, plain, work)
+
+    return Case("linear_logprob", "rich" if rich else "plain", need, make, (BOTH,))

@@ -1,6 +1,7 @@
 """`posttrain tune` without a GPU: its search with a stand-in timer, its gate under the interpreter, its cache."""
 
 import json
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -8,12 +9,15 @@ import torch
 from triton.runtime.interpreter import InterpretedFunction
 
 from posttrain import doctor
-from posttrain.bench.case import FORWARD, Case, Problem, Work
+from posttrain.bench.case import BOTH, FORWARD, Case, Problem, Work
 from posttrain.bench.cases import attention, nf4
 from posttrain.bench.interleave import alternate
+from posttrain.bench.measure import measure
+from posttrain.bench.shapes import SUITES, ModelShape, Suite
 from posttrain.bench.tune import Measured, Range, Tunable, choices, neighbours, search, timed, tunables, tune
 from posttrain.cli import main
 from posttrain.kernels import nf4 as nf4_kernels
+from posttrain.kernels.packed_attention import Blocks
 from posttrain.ops import block_sizes
 from posttrain.ops.block_sizes import chosen, save, try_sizes
 
@@ -142,8 +146,6 @@ def test_a_backward_runs_with_the_sizes_of_its_forward(quick, monkeypatch):
 
 
 def _tiny_suite():
-    from posttrain.bench.shapes import ModelShape, Suite
-
     return Suite("tiny", (ModelShape("tiny", 64, 128, 1, 1, 1, 16, 97),), (), 16, 2)
 
 
@@ -160,7 +162,7 @@ def test_wrong_results_are_out(quick):
 
 
 def test_the_cache_is_of_a_gpu_and_a_version_of_triton(cache):
-    name, shipped = "packed_attention forward 64", nf4_kernels_blocks()
+    name, shipped = "packed_attention forward 64", Blocks(128, 64, 8, 2)
     assert chosen(name, shipped, _CUDA) is shipped
     assert save("other", {name: (1, 1, 1, 1)}) == save("G", {name: (32, 16, 4, 1), "nf4_linear": (8, 64, 2)}) == cache
     assert chosen(name, shipped, _CUDA) == type(shipped)(32, 16, 4, 1) != shipped
@@ -171,12 +173,6 @@ def test_the_cache_is_of_a_gpu_and_a_version_of_triton(cache):
     cache.write_text(cache.read_text().replace('"3.', '"2.'))
     block_sizes.tuned.cache_clear()
     assert chosen("nf4_linear", (4, 256, 4), _CUDA) == (4, 256, 4)
-
-
-def nf4_kernels_blocks():
-    from posttrain.kernels.packed_attention import Blocks
-
-    return Blocks(128, 64, 8, 2)
 
 
 def test_sizes_that_are_tried_come_first():
@@ -248,3 +244,15 @@ def test_the_command_writes_what_it_found(cache, monkeypatch, capsys):
     assert list(versions.values()) == [{"nf4_linear": [4, 1024, 4]}]
     assert main(["tune", "rope"]) == 2
     assert capsys.readouterr().err.startswith("posttrain: error: unknown op 'rope'; there are packed_attention, ")
+
+
+@pytest.mark.parametrize("rich", [False, True])
+def test_the_head_that_is_measured_has_all_that_takes_room(rich, monkeypatch):
+    shape = replace(SUITES["full"].models[0], hidden=16, vocabulary=40)
+    monkeypatch.setitem(SUITES, "full", replace(SUITES["full"], models=(shape,), tokens=8))
+    monkeypatch.setattr("posttrain.bench.measure.cache_bytes", lambda: 1)
+    monkeypatch.setattr("posttrain.bench.measure.alternate", partial(alternate, min_seconds=0))
+    case = next(each.case for each in tunables(90) if each.name == f"linear_logprob {'narrow' if rich else 'wide'}")
+    problem = case.make()
+    assert len(problem.arguments) == (6 if rich else 5)
+    assert list(measure(case, rounds=2)) == [BOTH]
