@@ -122,6 +122,11 @@ def use_backend(name: str, *ops: str) -> Iterator[None]:
         _forced = before
 
 
+def forced() -> dict[str, str]:
+    """The backend of each op that `use_backend` has forced."""
+    return _forced
+
+
 def has_emulated_cuda() -> bool:
     """Whether this build has the CUDA kernels compiled for the CPU."""
     return find_spec("posttrain._emulated") is not None

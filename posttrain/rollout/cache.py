@@ -44,12 +44,13 @@ class StepLayout:
 
 
 class KVCache:
-    """`keys[i]` and `values[i]` of layer i are `[pages, page_size, heads, width]`; after `release` there are none."""
+    """`keys[i]` and `values[i]` of layer i are `[num_pages + 1, page_size, heads, width]`; after `release` there are
+    none. The last page, `spare`, is nobody's: rows without a sequence write there (graphs.py)."""
 
     def __init__(
         self, shapes: list[LayerShape], num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self.num_pages = num_pages
+        self.num_pages = self.spare = num_pages
         self.page_size = page_size
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
@@ -71,7 +72,7 @@ class KVCache:
         if not self.keys:
             for heads, width, *_ in self.shapes:
                 for caches in (self.keys, self.values):
-                    caches.append(torch.empty(self.num_pages, self.page_size, heads, width, **self._options))
+                    caches.append(torch.empty(self.num_pages + 1, self.page_size, heads, width, **self._options))
 
     def release(self) -> None:
         """Give all memory back."""

@@ -217,7 +217,7 @@ class CompiledDecoder:
         embeddings = body.embed_tokens
         scale = getattr(embeddings, "embed_scale", None)
         scaled = type(embeddings).__name__.endswith("ScaledWordEmbedding")
-        if not (type(embeddings) is nn.Embedding or scaled) or _odd_hooks(embeddings):
+        if not (type(embeddings) is nn.Embedding or scaled) or odd_hooks(embeddings):
             raise Unusual("its embeddings aren't those of a known family")
         if body.config.model_type.startswith("gemma") != scaled:
             raise Unusual("its embeddings are scaled in a way of their own")
@@ -302,7 +302,7 @@ def _rope_kinds(rotary: Any) -> list[tuple[str, ...]]:
     return [() if kind is None else (kind,) for kind in types]
 
 
-def _odd_hooks(embeddings: Any) -> bool:
+def odd_hooks(embeddings: Any) -> bool:
     """Whether there are hooks but the one that transformers sets for activation checkpointing."""
     own = {k: h for k, h in embeddings._forward_hooks.items() if "make_inputs_require_grad" not in h.__qualname__}
     return bool(own or embeddings._forward_pre_hooks or "forward" in embeddings.__dict__)

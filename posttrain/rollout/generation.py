@@ -2,7 +2,7 @@
 
 A step of the scheduler may hold prompts, copy pages and let sequences join and leave. When it held nothing but one
 token of each running sequence, nothing changes until one of them is complete, and not even then if nobody waits for its
-place: those steps run as a *burst* (burst.py), without a look at single sequences.
+place: those steps run as a *burst* (burst.py, graphs.py), without a look at single sequences.
 """
 
 import time
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from posttrain.ops import sample
-from posttrain.rollout.burst import Burst
 from posttrain.rollout.scheduler import Scheduler, Step
 from posttrain.rollout.sequence import Sequence
 from posttrain.rollout.stats import Stats
@@ -60,7 +59,7 @@ class Generation:
     def _steady(self, step: Step, drawing: list[Sequence]) -> bool:
         """Whether the next step will be like this one: all drew, with pages of their own, and none can join."""
         same = [chunk.sequence for chunk in step.chunks] == drawing == self.scheduler.running
-        return same and self._runner.compiled is not None and (not self.scheduler.waiting or step.decodes)
+        return same and self._runner.bursts and (not self.scheduler.waiting or step.decodes)
 
     def _step(self, step: Step) -> list[Sequence]:
         logits = self._runner.run(step)
@@ -133,7 +132,9 @@ class Generation:
         if steps == 0:
             return sequences
         began = time.perf_counter()
-        burst = Burst(sequences, self._runner.compiled, steps, self._ends, until_one=waiting)
+        burst = self._runner.burst(sequences, steps, self._ends, until_one=waiting)
+        if burst is None:
+            return sequences
         while burst.advance() and not burst.some_complete:
             pass
         drawn, logprobs = burst.results()

@@ -20,7 +20,7 @@ class PlainRunner:
     """Logits of a step, for any causal LM."""
 
     shares = False
-    compiled = None
+    bursts = False
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
