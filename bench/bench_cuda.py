@@ -40,6 +40,7 @@ class Race(NamedTuple):
         op: the name that `use_backend` takes; None where `call` is a CUDA kernel that has no sibling.
         captured: whether calls can be captured in a graph.
         floor: what no way to compute it can beat, where that isn't copying `moved` bytes.
+        operations: floating-point operations of one call, where they and not the bytes bound it.
     """
 
     title: str
@@ -50,6 +51,7 @@ class Race(NamedTuple):
     op: str | None
     captured: bool = True
     floor: Callable[..., Any] | None = None
+    operations: float | None = None
 
 
 def linear_logprob() -> Race:
@@ -71,6 +73,7 @@ def linear_logprob() -> Race:
         "linear_logprob",
         captured=False,
         floor=lambda hidden, weight: [hidden @ part.T for part in weight.split(16384)],
+        operations=2 * rows * width * vocabulary,
     )
 
 
@@ -308,7 +311,8 @@ def test_cuda(name: str, publish) -> None:
     baseline = "triton" if race.op else "plain PyTorch" if race.plain else "floor"
     comparison = interleave(functions, baseline=baseline, rounds=21)
     calls = CALLS if race.captured else 1
-    rates = {f"GB/s, {way}": calls * race.moved / time.median / 1e9 for way, time in comparison.seconds.items()}
+    unit, work = ("GB/s", race.moved / 1e9) if race.operations is None else ("TFLOP/s", race.operations / 1e12)
+    rates = {f"{unit}, {way}": calls * work / time.median for way, time in comparison.seconds.items()}
     publish(f"cuda-{name}", f"{race.title}, {calls} calls", comparison, **rates)
 
 
