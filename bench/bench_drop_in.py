@@ -17,7 +17,7 @@ from posttrain.bench.memory import peaks, report_peaks
 
 skip_without_trl()
 FASTER, SMALLER = 1.3, 0.6
-SKIPPED = 3
+STEPS, SKIPPED = 7, 3
 SCRIPTS = {
     "sft": (bench_sft, (False,)),
     "sft-packing": (bench_sft, (True,)),
@@ -82,7 +82,7 @@ def test_memory(name, report, smaller):
 def test_speed(name, publish, smaller):
     folder = model_folder(name)
     systems = {
-        system: lambda enabled=enabled: Script(name, folder, enabled)
+        system: lambda enabled=enabled: Script(name, folder, enabled, steps=STEPS)
         for system, enabled in (("trl", False), ("enabled", True))
     }
     comparison, trained = in_turns(systems, SKIPPED)
