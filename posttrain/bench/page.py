@@ -20,7 +20,7 @@ p { max-width: 48rem } .faint { color: var(--faint) } .right { color: var(--good
 td, th { padding: .22rem .7rem; text-align: left; vertical-align: top; white-space: nowrap }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums }
 tr { border-bottom: 1px solid var(--rule) } tr.group td { border-top: 2px solid var(--rule) }
-td.wide { white-space: normal } tr.ours { background: var(--band); font-weight: 600 }
+tr.ours { background: var(--band); font-weight: 600 }
 pre { margin: 0; font-size: 13px } details { margin: .6rem 0 } summary { cursor: pointer }
 .charts { display: flex; flex-wrap: wrap; gap: 1.2rem 1.5rem; margin: 1.5rem 0 } figure { margin: 0; max-width: 100% }
 figcaption { font-size: 13.5px; max-width: 560px } figcaption.legend { color: var(--faint); min-height: 1.5em }

@@ -136,13 +136,15 @@ class _Scale:
 
 
 def _log_ticks(low: float, high: float) -> tuple[Tick, ...]:
-    """Powers of ten, with 2 and 5 times them, or 1 to 9 times, where there would be few."""
+    """Powers of ten, with others between them where there would be few, and round numbers in less than a decade."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     found: list[float] = []
-    for factors in ((1,), (1, 3), (1, 2, 5), range(1, 10)):
+    for factors in ((1,), (1, 3), (1, 2, 5)):
         found = [f * 10.0**d for d in decades for f in factors if low <= f * 10.0**d <= high]
         if len(found) >= 4:
             break
+    else:
+        return _linear_ticks(low, high)
     step = -(-len(found) // 8)
     return tuple(Tick(value, short(value)) for value in found[::step])
 

@@ -7,6 +7,8 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from posttrain.bench.power import fit
 from posttrain.bench.readme import filled
@@ -92,6 +94,16 @@ def test_charts_leave_out_what_an_axis_cannot_have():
     assert (logarithmic.count("<circle"), linear.count("<circle")) == (1, 3)
     assert "a &amp; b" in linear and len(figures(linear)) == 1
     assert "nothing measured" in Chart("t", Axis("x", log=True), Axis("y"), [Series("s", points[:1])]).html()
+
+
+@given(st.floats(1e-6, 1e12), st.floats(1, 1e6), st.booleans())
+@settings(max_examples=50, deadline=None)
+def test_every_range_has_ticks_inside_it(low, factor, log):
+    chart = Chart("t", Axis("x", log), Axis("y", log), [Series("s", [(low, low), (low * factor, low * factor)])])
+    (figure,) = figures(chart.html())
+    labels = [each for each in figure.iter("text") if each.get("text-anchor") == "middle"][:-2]
+    assert 2 <= len(labels) <= 12 and len({each.text for each in labels}) == len(labels)
+    assert all(0 <= float(each.get("x")) <= chart.width for each in labels)
 
 
 @pytest.mark.parametrize(

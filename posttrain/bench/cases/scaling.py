@@ -6,7 +6,8 @@ T        tokens of one causal sequence under packed_attention
 batch    sequences that are generated together, each with a prompt of its own
 G        completions of each of two prompts in a step of GRPO
 
-The cases are those of the other suites on other sizes; the report draws them and fits a power to each.
+The cases are those of the other suites on other sizes, of which the last pass is measured: with the backward, where
+there is one. The report draws them and fits a power to each.
 """
 
 from collections.abc import Callable, Iterator
@@ -50,7 +51,7 @@ def grpo(suite: Suite) -> list[Case]:
 
 def _over(axis: str, cases: dict[int, Case]) -> Iterator[Case]:
     for size, case in cases.items():
-        yield replace(case, title=f"{axis} = {size}: {case.title}", axis=axis, size=size)
+        yield replace(case, title=f"{axis} = {size}: {case.title}", passes=case.passes[-1:], axis=axis, size=size)
 
 
 SCALING: dict[str, Callable[[Suite], list[Case]]] = {
