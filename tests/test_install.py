@@ -22,6 +22,7 @@ def test_wheel_has_the_right_files_and_works_from_elsewhere(tmp_path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     roots = {name.split("/")[0] for name in names}
     assert {root for root in roots if not root.endswith(".dist-info")} == {"posttrain"}
+    assert not [name for name in names if "emulated" in name]  # which is for our tests
     for source in (_ROOT / "kernels").glob("*.py"):
         assert f"posttrain/kernels/{source.name}" in names
     for source in (_ROOT / "posttrain").rglob("*.py"):
