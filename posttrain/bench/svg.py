@@ -57,7 +57,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Chart:
-    """A plot of `width` x `height` CSS pixels; on logarithmic axes points at or below 0 are left out."""
+    """A plot of `width` x `height` CSS pixels; what an axis can't have (NaN, on a logarithmic one 0) is left out."""
 
     title: str
     x: Axis
@@ -122,10 +122,10 @@ class _Scale:
         given = [tick.value for tick in axis.ticks]
         low, high = min([*values, *given]), max([*values, *given])
         if axis.log:
-            margin = (high / low) ** 0.04 if high > low else 2.0
+            margin = (high / low) ** 0.04 if high > 1.01 * low else 2.0
             low, high = low / margin, high * margin
         else:
-            margin = 0.05 * (high - low) or abs(high) or 1.0
+            margin = 0.05 * (high - low) if high - low > 1e-6 * abs(high) else abs(high) or 1.0
             low, high = low - margin if low < 0 or given or low > 0.5 * high else 0.0, high + margin
         ticks = axis.ticks or (_log_ticks(low, high) if axis.log else _linear_ticks(low, high))
         return _Scale(low, high, start, end, axis.log, ticks)
@@ -155,7 +155,11 @@ def _linear_ticks(low: float, high: float) -> tuple[Tick, ...]:
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(f * power for f in (1, 2, 5, 10) if f * power >= rough)
     first, last = math.ceil(low / step), math.floor(high / step)
-    return tuple(Tick(i * step, short(i * step)) for i in range(first, last + 1))
+    values = [i * step for i in range(first, last + 1)]
+    labels = [short(value) for value in values]
+    if len(set(labels)) < len(labels):
+        labels = [f"{value:.10g}" for value in values]
+    return tuple(map(Tick, values, labels))
 
 
 def short(value: float) -> str:
@@ -168,7 +172,8 @@ def short(value: float) -> str:
 
 def _shown(series: Series, chart: Chart) -> list[tuple[float, float]]:
     """Its points that the axes can have."""
-    return [p for p in series.points if (p[0] > 0 or not chart.x.log) and (p[1] > 0 or not chart.y.log)]
+    finite = [point for point in series.points if all(map(math.isfinite, point))]
+    return [(x, y) for x, y in finite if (x > 0 or not chart.x.log) and (y > 0 or not chart.y.log)]
 
 
 def _colour(series: Series, index: int) -> int:

@@ -88,7 +88,7 @@ def test_fit_is_least_squares_of_logarithms():
 
 
 def test_charts_leave_out_what_an_axis_cannot_have():
-    points = [(0.0, 1.0), (1.0, 2.0), (10.0, -1.0)]
+    points = [(0.0, 1.0), (1.0, 2.0), (10.0, -1.0), (2.0, math.nan), (3.0, math.inf)]
     logarithmic = Chart("a & b", Axis("x", log=True), Axis("y", log=True), [Series("s", points)]).html()
     linear = Chart("a & b", Axis("x"), Axis("y"), [Series("s", points)]).html()
     assert (logarithmic.count("<circle"), linear.count("<circle")) == (1, 3)
