@@ -203,3 +203,17 @@ def test_opcheck(several) -> None:
     leaves = [t.requires_grad_() for t in (x, weight, a, b, bias)]
     layer = flatten("lora_linear", "layer", leaves[0], LoraLayer(*leaves[1:4], SCALING, bias), True)
     torch.library.opcheck(torch.ops.posttrain.lora_linear, (x, *layer, adapter, 0.1, 3, None, 0.0, "cuda"))
+
+
+def test_opcheck_of_layers_that_share_an_input(several, random) -> None:
+    (x, weight, a, b, bias), adapter = several(6, 20, 12, 3)
+    leaves = [t.requires_grad_() for t in (x, weight, a, b, bias)]
+    norm = torch.ones(20, device=x.device, requires_grad=True)
+    layer = LoraLayer(*leaves[1:4], SCALING, bias)
+    down = LoraLayer(random(20, 12), random(3, 3, 12), random(3, 20, 3), SCALING)
+    flat = flatten("lora_qkv", "layer", x, layer, True)
+    wide = flatten("lora_mlp", "down", x.new_empty(0, 12), down, True)
+    torch.library.opcheck(torch.ops.posttrain.lora_qkv, (x, *flat, *flat, *flat, adapter, 0.1, 3, norm, 1e-6, "cuda"))
+    torch.library.opcheck(
+        torch.ops.posttrain.lora_mlp, (x, *flat, *flat, *wide, adapter, 0.1, 3, norm, 1e-6, "silu", "cuda")
+    )
