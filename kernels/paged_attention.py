@@ -6,7 +6,9 @@ their own and are merged in order: the ranges depend on positions only, so that 
 Chunks of prompts have enough rows without that. Where tiles lie is found on the device, for at most T / QUERIES + S of
 them, so that nothing waits for the lengths.
 
-Sequences that share pages read them from the second-level cache; there is no tile of several sequences yet.
+Decoding, most rows of a tile would be empty. Neighbours in the batch that have the same pages in a whole split, as
+completions of a prompt do, are one tile there and read them once: as many as fill its rows, from fixed numbers on, so
+nothing is planned. Where they have other pages each has a tile, and what happens to a row is the same.
 """
 
 from collections.abc import Iterator
@@ -33,9 +35,9 @@ class Blocks(NamedTuple):
 
 
 # By the width of the heads, for half precision and for float32: what spills on no architecture with Triton 3.6 and 3.8.
-DECODE = {64: Blocks(16, 64, 4, 2), 128: Blocks(16, 64, 4, 2), 256: Blocks(16, 32, 4, 2)}
+DECODE = {64: Blocks(16, 32, 4, 2), 128: Blocks(16, 64, 4, 2), 256: Blocks(16, 32, 4, 2)}
 CHUNK = {64: Blocks(64, 64, 8, 2), 128: Blocks(64, 32, 4, 2), 256: Blocks(32, 32, 4, 1)}
-FLOAT_DECODE = {64: Blocks(16, 32, 4, 1), 128: Blocks(16, 16, 8, 1), 256: Blocks(16, 16, 8, 1)}
+FLOAT_DECODE = {64: Blocks(16, 16, 4, 1), 128: Blocks(16, 16, 8, 1), 256: Blocks(16, 16, 8, 1)}
 FLOAT_CHUNK = {64: Blocks(32, 32, 8, 1), 128: Blocks(32, 16, 4, 1), 256: Blocks(16, 16, 4, 1)}
 
 
@@ -63,7 +65,7 @@ def attend(
         return out
     decode = query_lens is None
     rows, keys, warps, stages = _blocks(q, heads // key_heads, decode)
-    queries = 1 if decode else rows // (heads // key_heads)
+    queries = rows // (heads // key_heads)
     splits = triton.cdiv(block_table.shape[1] * page_size, SPLIT) if decode else 1
     tiles = [context_lens] * 4 if query_lens is None else _tiles(query_lens, tokens, queries)
     parts = [q.new_empty(tokens * heads * splits * size * decode, dtype=torch.float32) for size in (width, 1, 1)]
@@ -139,7 +141,7 @@ def _compiled(
     """One entry, for groups of 4 heads and pages of 16."""
     constants: dict[str, Any] = {name: name in features for name in ("SOFTCAP", "WINDOW", "SINKS")}
     constants |= {"GROUP": 4, "DECODE": decode, "WIDTH": width, "BLOCK_WIDTH": width, "PAGE": 16, "SPLIT": SPLIT}
-    constants |= {"ROWS": blocks.rows, "QUERIES": 1 if decode else blocks.rows // 4, "KEYS": blocks.keys}
+    constants |= {"ROWS": blocks.rows, "QUERIES": blocks.rows // 4, "KEYS": blocks.keys}
     name = f"attend_kernel {dtype} {width} {'decode' if decode else 'chunk'} {features}".strip()
     options = {"num_warps": blocks.warps, "num_stages": blocks.stages}
     return name, kernels.attend_kernel, _signature(kernels.attend_kernel, dtype, constants), constants, options

@@ -21,6 +21,20 @@ def _cache(
 
 
 @triton.jit
+def _share(
+    block_table, context_lens, member, first, sequences, begin, table_row, PAGE: tl.constexpr, SPLIT: tl.constexpr
+):
+    """Whether the sequences `member` below `sequences` have all keys of a split, in the pages of sequence `first`."""
+    there = (member < sequences) & (tl.load(context_lens + member, mask=member < sequences, other=0) >= begin + SPLIT)
+    page = begin // PAGE + tl.arange(0, SPLIT // PAGE if PAGE < SPLIT else 1)[None, :]
+    whole = tl.load(context_lens + first) >= begin + SPLIT
+    wanted = tl.load(block_table + first.to(tl.int64) * table_row + page, mask=whole & (page >= 0), other=-1)
+    own = tl.load(block_table + member.to(tl.int64)[:, None] * table_row + page, mask=there[:, None], other=-2)
+    differs = ((own != wanted) & (member < sequences)[:, None]).to(tl.int32)
+    return tl.sum(tl.sum(differs, 1), 0) == 0
+
+
+@triton.jit
 def attend_kernel(
     q, key_cache, value_cache, block_table, context_lens, query_lens, tile_sequence, tile_query, tile_token, sinks,
     out, part_out, part_top, part_total,
@@ -30,33 +44,47 @@ def attend_kernel(
     WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, PAGE: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr,
     KEYS: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """Rows are QUERIES queries under the GROUP heads of a key head; decoding, over one split of the keys."""
+    """Rows are QUERIES queries under the GROUP heads of a key head.
+
+    Decoding, over one split of the keys: rows are up to QUERIES sequences from a multiple of QUERIES on. If they share
+    the pages of the split, the first one's program takes them all and the others' none; else each takes its own.
+    """
     tile = tl.program_id(0)
     key_head = tl.program_id(1)
     split = tl.program_id(2)
+    row = tl.arange(0, ROWS)
+    begin = split * SPLIT
     if DECODE:
-        sequence, first_query, token, queries = tile, tile * 0, tile, tile * 0 + 1
+        sequence, first_query, queries = tile, tile * 0, tile * 0 + 1
+        first, sequences = tile // QUERIES * QUERIES, tl.num_programs(0)
+        member = first + tl.minimum(row // GROUP, QUERIES - 1)
+        shared = _share(block_table, context_lens, member, first, sequences, begin, table_row, PAGE, SPLIT)
     else:
         sequence = tl.load(tile_sequence + tile)
         first_query = tl.load(tile_query + tile)
         token = tl.load(tile_token + tile)
         queries = tl.load(query_lens + sequence)
     context = tl.load(context_lens + sequence)
-    row = tl.arange(0, ROWS)
     query = row // GROUP
-    inside = (query < QUERIES) & (first_query + query < queries)
     head = key_head * GROUP + row % GROUP
-    own = context - queries + first_query + query  # positions
     column = tl.arange(0, BLOCK_WIDTH)[None, :]
-    place = (token + query).to(tl.int64)
+    if DECODE:
+        inside = tl.where(shared, (query < QUERIES) & (first + query < sequences) & (tile == first), query == 0)
+        place = tl.where(shared, first + query, tile).to(tl.int64)
+        own = tl.load(context_lens + place, mask=inside, other=0) - 1  # positions
+    else:
+        inside = (query < QUERIES) & (first_query + query < queries)
+        place = (token + query).to(tl.int64)
+        own = context - queries + first_query + query
     filled = inside[:, None] & (column < WIDTH)
     b_q = tl.load(q + place[:, None] * q_token + head[:, None] * q_head + column, mask=filled, other=0.0)
     end = tl.minimum(context - queries + tl.minimum(first_query + QUERIES, queries), context)
-    begin = split * SPLIT
+    oldest = context - queries + first_query  # position
     if DECODE:
-        end = tl.minimum(end, begin + SPLIT)
+        end = tl.where(shared & (tile != first), begin, tl.minimum(end, begin + SPLIT))
+        oldest = tl.min(tl.where(inside, own, oldest), 0)
     if WINDOW:
-        begin = tl.maximum(begin, (context - queries + first_query - window + 1) // KEYS * KEYS)
+        begin = tl.maximum(begin, (oldest - window + 1) // KEYS * KEYS)
     end = tl.where(first_query < queries, end, 0)
     table = block_table + sequence.to(tl.int64) * table_row
     top = tl.full([ROWS], float("-inf"), tl.float32)

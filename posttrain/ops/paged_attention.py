@@ -57,8 +57,9 @@ def paged_attention(
         one call either, and with "cpu" has the bits of `packed_attention` for a sequence that shares no prompt there.
 
         Sequences whose tables begin with the same pages, as those of one prompt do, share the work on these pages
-        where they follow each other in the batch: with "cpu", and, in whole splits of 256 keys, with "cuda". That takes
-        each query of a chunk as a sequence of its own, so it reads keys more often than a chunk needs.
+        where they follow each other in the batch: with "cpu", and in whole splits with "cuda" (of 256 keys) and, when
+        decoding, with "triton" (of 512, in fixed tiles). "cuda" takes each query of a chunk as a sequence of its own,
+        so it reads keys more often than a chunk needs.
 
     Raises:
         ValueError: shapes, dtypes or devices that don't fit, with the numbers; tensors that need a gradient; with

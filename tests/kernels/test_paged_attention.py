@@ -2,13 +2,17 @@
 
 from functools import partial
 
+import paged_step
 import pytest
 import torch
+import triton
+import triton.language as tl
 from tolerance import assert_as_good_as, assert_true_to
 from torch import Tensor
 
 from posttrain import ops
 from posttrain.kernels import paged_attention as kernels
+from posttrain.kernels import paged_attention_device
 from posttrain.ops import reference
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -16,7 +20,7 @@ OPTIONS = [{}, {"window": 20}, {"softcap": 2.0, "scale": 0.3}]
 
 
 @pytest.fixture(autouse=True)
-def triton(triton_device, monkeypatch):
+def on_triton(triton_device, monkeypatch):
     """Everything here runs on Triton, in splits that a sequence has more than one of."""
     monkeypatch.setattr(kernels, "SPLIT", 64)
     with ops.use_backend("triton"):
@@ -83,6 +87,46 @@ def test_a_sequence_alone_has_the_same_bits(triton_device) -> None:
             row = slice(s, s + 1)
             alone = ops.paged_attention(own, k, v, table[row], context[row], given[row] if lens else None)
             assert torch.equal(alone, expected)
+
+
+SHARING = [140, 130, 150, 128, 64, 70]  # contexts with up to 16 pages of 8 in common
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 100, "softcap": 2.0}], ids=str)
+def test_sequences_that_share_pages(options, triton_device) -> None:
+    """In tiles of 4 sequences."""
+    step = paged_step.make(SHARING, [1] * 6, (4, 1), 16, page_size=8, shared=16)
+    sinks = torch.linspace(-1, 3, 4)
+    truth = step.truth(sinks=sinks, **options).to(triton_device)
+    step = step.on(triton_device).decoding()
+    whole = step.run(sinks=sinks.to(triton_device), **options)
+    assert_true_to(whole, truth)
+    for s in (1, 4):
+        row = slice(s, s + 1)
+        alone = step.q[row], step.key_cache, step.value_cache, step.block_table[row], step.context_lens[row]
+        assert torch.equal(ops.paged_attention(*alone, sinks=sinks.to(triton_device), **options), whole[row])
+
+
+@triton.jit
+def _shared_kernel(
+    block_table, context_lens, result, table_row, QUERIES: tl.constexpr, PAGE: tl.constexpr, SPLIT: tl.constexpr
+):
+    first, begin = tl.program_id(0) * QUERIES, tl.program_id(1) * SPLIT
+    member = first + tl.arange(0, QUERIES)
+    shared = paged_attention_device._share(
+        block_table, context_lens, member, first, 6, begin, table_row, PAGE=PAGE, SPLIT=SPLIT
+    )
+    tl.store(result + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), shared.to(tl.int32))
+
+
+@pytest.mark.parametrize("pages", [16, 8])
+def test_who_shares(pages, triton_device) -> None:
+    step = paged_step.make(SHARING, [1] * 6, page_size=8, shared=pages).on(triton_device)
+    result = torch.full((2, 3), -1, dtype=torch.int32, device=triton_device)
+    _shared_kernel[2, 3](
+        step.block_table, step.context_lens, result, step.block_table.stride(0), QUERIES=4, PAGE=8, SPLIT=64
+    )
+    assert result.tolist() == [[1, int(pages == 16), 0], [1, 0, 0]]
 
 
 def test_strides_and_pages_side_by_side(triton_device) -> None:
