@@ -53,7 +53,8 @@ class Scheduler:
         max_sequences: most sequences in a step.
         max_tokens: most tokens in a step.
         share: whether pages with the same content are held together.
-        idle: sequences outside, which lose their pages before one that is waiting or running does.
+        idle: sequences outside, which lose their pages before one that is waiting or running does, as do sequences that
+            are complete and keep theirs.
 
     Attributes:
         waiting: sequences that aren't in a step yet, or no longer.
@@ -80,7 +81,7 @@ class Scheduler:
         self._max_sequences = max_sequences
         self._max_tokens = max_tokens
         self._share = share
-        self._idle = idle
+        self._idle = list(idle)
         self._counted: set[Sequence] = set()
 
     def next_step(self) -> Step:
@@ -145,6 +146,7 @@ class Scheduler:
             used = -(-sequence.computed // self._pool.page_size)
             self._pool.drop(sequence.pages[used:])
             del sequence.pages[used:]
+            self._idle.append(sequence)
         else:
             self.drop(sequence)
 

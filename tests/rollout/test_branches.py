@@ -64,6 +64,18 @@ def test_idle_sequences_give_way(make_engine):
     engine.close(root)
 
 
+def test_complete_sequences_give_way_to_those_that_grow(make_engine):
+    engine, roomy = make_engine(memory=33 * 4096, max_tokens_per_step=64), make_engine()
+    prompts = [[n] * 80 for n in range(5, 9)]
+    grown = []
+    for one in (engine, roomy):
+        sequences = [one.open(prompt) for prompt in prompts]
+        grown.append(one.grow(sequences, SOME))
+        for sequence in sequences:
+            one.close(sequence)
+    assert grown[0] == grown[1]
+
+
 def test_what_fails_leaves_sequences_as_they_were(engine, monkeypatch):
     root = engine.open([7] * 21)
     engine.grow([root], SOME)
