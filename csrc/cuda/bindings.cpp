@@ -100,9 +100,9 @@ void bound_nf4_matvec(address stream, const nf4& w, address x, int dtype, int64_
 
 void bound_lora_shrink(address stream, address x, int dtype, int64_t stride, int64_t rows, int64_t width,
                        address adapter, address a, int a_dtype, int64_t adapters, int64_t ranks, address scale,
-                       address u, bool spans) {
+                       address u) {
   check(lora_shrink(at<void>(stream), at<void>(x), dtype, stride, rows, width, at<int64_t>(adapter), at<void>(a),
-                    a_dtype, adapters, ranks, at<float>(scale), at<float>(u), spans));
+                    a_dtype, adapters, ranks, at<float>(scale), at<float>(u)));
 }
 
 void bound_lora_expand(address stream, address u, address adapter, address b, int b_dtype, int64_t adapters,

@@ -93,11 +93,11 @@ int nf4_matvec(void* stream, Nf4 w, const void* x, int dtype, int64_t rows, int6
 // lora.cu: rows [rows, ...] name one of `adapters`, or -1 for none, with A [adapters, ranks, width], B [adapters, height,
 // ranks], u and v [rows, ranks]. Rows without an adapter are left as they are.
 
-// u = scale[adapter] x A^T. A has the dtype of x or float32. `spans` for half precision with a width and a stride of
-// multiples of 64 and 8, for float32 of 8, 16-byte aligned; without it A is float32.
+// u = scale[adapter] x A^T. A has the dtype of x if that is half precision and the width a multiple of 64, or float32.
+// Where the width is a multiple of 8, x and A are 16-byte aligned and the stride is a multiple of 8.
 int lora_shrink(void* stream, const void* x, int dtype, int64_t stride, int64_t rows, int64_t width,
                 const int64_t* adapter, const void* a, int a_dtype, int64_t adapters, int64_t ranks,
-                const float* scale, float* u, bool spans);
+                const float* scale, float* u);
 // y += u B^T. B has the dtype of y or float32.
 int lora_expand(void* stream, const float* u, const int64_t* adapter, const void* b, int b_dtype, int64_t adapters,
                 int64_t ranks, void* y, int dtype, int64_t stride, int64_t rows, int64_t height);

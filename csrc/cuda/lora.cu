@@ -39,15 +39,15 @@ struct Batch {
 };
 
 // u = s x A^T on tensor cores, 16 ranks to a block.
-template <class T, class P>
+template <class T>
 __global__ void __launch_bounds__(kThreads)
-    shrink_kernel(Batch<T> batch, const P* a, int64_t ranks, const float* scale, float* u) {
+    shrink_kernel(Batch<T> batch, const T* a, int64_t ranks, const float* scale, float* u) {
   constexpr int tiles = 2;
   __shared__ float of_warps[kWarps * kRows * 8 * tiles];
   __shared__ int own[kBatch];
   const int64_t e = blockIdx.z, first = int64_t{blockIdx.y} * kBatch, first_rank = int64_t{blockIdx.x} * 8 * tiles;
   const int count = pick(batch.adapter, first, batch.rows, e, own);
-  const DenseRows<T, P, tiles> factor(a + e * ranks * batch.width, first_rank, ranks, batch.width);
+  const DenseRows<T, tiles> factor(a + e * ranks * batch.width, first_rank, ranks, batch.width);
   const auto row = [&](int i) {
     return i < count ? batch.x + (first + own[i]) * batch.stride + 16 * (threadIdx.x % 4) : nullptr;
   };
@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// The same for float32, and for rows of any width: a warp has one rank.
+// The same for A in float32, and for rows of any width: a warp has one rank.
 
 constexpr int kPlainWarps = 8;
 
@@ -179,7 +179,7 @@ int start_expand(void* stream, const float* u, const void* b, int64_t adapters, 
 
 int lora_shrink(void* stream, const void* x, int dtype, int64_t stride, int64_t rows, int64_t width,
                 const int64_t* adapter, const void* a, int a_dtype, int64_t adapters, int64_t ranks,
-                const float* scale, float* u, bool spans) {
+                const float* scale, float* u) {
   return by_dtype(dtype, [=](auto type) {
     using T = decltype(type);
     const Batch<T> batch = {static_cast<const T*>(x), stride, rows, width, adapter};
@@ -187,14 +187,10 @@ int lora_shrink(void* stream, const void* x, int dtype, int64_t stride, int64_t 
       return launch(kernel, grid_of(ranks, ranks_of_block, rows, adapters), threads, 0, stream, batch, factor, ranks,
                     scale, u);
     };
-    const auto* wide = static_cast<const float*>(a);
-    if constexpr (sizeof(T) == 4) {
-      if (spans) return start(plain_shrink_kernel<8, T>, kPlainWarps, 32 * kPlainWarps, wide);
-    } else if (spans) {
-      if (a_dtype == kFloat32) return start(shrink_kernel<T, float>, 16, kThreads, wide);
-      return start(shrink_kernel<T, T>, 16, kThreads, static_cast<const T*>(a));
-    }
-    return start(plain_shrink_kernel<2, T>, kPlainWarps, 32 * kPlainWarps, wide);
+    if constexpr (sizeof(T) == 2)
+      if (a_dtype != kFloat32) return start(shrink_kernel<T>, 16, kThreads, static_cast<const T*>(a));
+    const auto plain = width % 8 == 0 ? plain_shrink_kernel<8, T> : plain_shrink_kernel<2, T>;
+    return start(plain, kPlainWarps, 32 * kPlainWarps, static_cast<const float*>(a));
   });
 }
 

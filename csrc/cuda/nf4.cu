@@ -255,19 +255,31 @@ __device__ float dot(const float* a, const float* b, float sum) {
   return sum;
 }
 
-// Eight ranks of u.
+// Eight ranks of u, on tensor cores if A is in half precision as x is, else one to a warp: in units of 2, since with
+// units of 8 the kernel spills.
 template <class T, class P>
 __device__ void make_low_rank(const Product<T>& product, const LowRank<P>& adapter, const T* low, const T* high,
                               int64_t first, float* of_warps) {
-  float sums[1][4] = {{0.0f, 0.0f, 0.0f, 0.0f}};
-  const DenseRows<T, P, 1> a(adapter.a, first, adapter.ranks, product.width);
-  constexpr int ahead = sizeof(P) == 2 ? 2 : 1;
-  multiply_rows<T, ahead>(low, high, product.width / kSpan, a, [] {}, sums);
-  store_sums<1>(sums, of_warps);
-  __syncthreads();
-  const int r = threadIdx.x / 8, q = threadIdx.x % 8;
-  if (r < product.rows && first + q < adapter.ranks)
-    adapter.u[r * adapter.ranks + first + q] = adapter.scale * total_of_warps<1>(of_warps, r, q);
+  if constexpr (sizeof(P) == 2) {
+    float sums[1][4] = {{0.0f, 0.0f, 0.0f, 0.0f}};
+    const DenseRows<T, 1> a(adapter.a, first, adapter.ranks, product.width);
+    multiply_rows<T, 2>(low, high, product.width / kSpan, a, [] {}, sums);
+    store_sums<1>(sums, of_warps);
+    __syncthreads();
+    const int r = threadIdx.x / 8, q = threadIdx.x % 8;
+    if (r < product.rows && first + q < adapter.ranks)
+      adapter.u[r * adapter.ranks + first + q] = adapter.scale * total_of_warps<1>(of_warps, r, q);
+  } else {
+    const int64_t q = first + threadIdx.x / 32, width = product.width;
+    if (q >= adapter.ranks) return;
+    float sums[kRows] = {};
+    const auto row = [&](int r) { return product.x + r * width; };
+    multiply_rows_plainly<2>(row, product.rows, width, DenseRow<2>{adapter.a + q * width, width}, sums);
+    if (threadIdx.x % 32 != 0) return;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r)
+      if (r < product.rows) adapter.u[r * adapter.ranks + q] = adapter.scale * sums[r];
+  }
 }
 
 template <class T, class P>

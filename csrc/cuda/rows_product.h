@@ -2,8 +2,9 @@
 //
 // On tensor cores a block's warps take spans of 64 elements in turn. As in cuda/mma.h, lane 4g + t has rows g and g + 8
 // of x, and row g of every eight of the matrix; of a span it has elements 16t to 16t + 15 of each, 32 bytes of half
-// precision, which are operands of four products as they lie in memory. Elsewhere a warp takes one row of the matrix,
-// a lane some of its elements.
+// precision, which are operands of four products as they lie in memory. Elsewhere, and for a matrix in float32, a warp
+// takes one row of the matrix, a lane some of its elements. (As a sum of two numbers of half precision float32 loses
+// digits below 2^-3 and everything above 65504 in float16, whose exponents end there.)
 //
 // What happens to a row of x depends neither on the others nor on their number.
 #pragma once
@@ -41,17 +42,16 @@ struct Rows {
   }
 };
 
-// 8 kTiles rows of a matrix [height, width] from row `first` on, in the dtype of x, or in float32: then as the sums of
-// two numbers of half precision, 2^-17 of the truth.
-template <class T, class P, int kTiles>
+// 8 kTiles rows of a matrix [height, width] in the dtype of x, from row `first` on.
+template <class T, int kTiles>
 struct DenseRows {
-  const P* own[kTiles];  // this lane's row of each eight, at its first element
+  const T* own[kTiles];  // this lane's row of each eight, at its first element
 
   struct Piece {
-    uint4 bits[kTiles][sizeof(P)];
+    uint4 bits[kTiles][2];
   };
 
-  __device__ DenseRows(const P* matrix, int64_t first, int64_t height, int64_t width) {
+  __device__ DenseRows(const T* matrix, int64_t first, int64_t height, int64_t width) {
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll
     for (int j = 0; j < kTiles; ++j) own[j] = matrix + min(first + 8 * j + g, height - 1) * width + 16 * t;
@@ -62,8 +62,7 @@ struct DenseRows {
 #pragma unroll
     for (int j = 0; j < kTiles; ++j) {
 #pragma unroll
-      for (int i = 0; i < int(sizeof(P)); ++i)
-        p.bits[j][i] = reinterpret_cast<const uint4*>(own[j] + span * kSpan)[i];
+      for (int i = 0; i < 2; ++i) p.bits[j][i] = reinterpret_cast<const uint4*>(own[j] + span * kSpan)[i];
     }
     return p;
   }
@@ -73,19 +72,8 @@ struct DenseRows {
     for (int j = 0; j < kTiles; ++j) {
 #pragma unroll
       for (int s = 0; s < 4; ++s) {
-        if constexpr (sizeof(P) == 2) {
-          const uint4 w = p.bits[j][s / 2];
-          multiply<T>(sums[j], x[s], s % 2 ? make_uint2(w.z, w.w) : make_uint2(w.x, w.y));
-        } else {
-          const uint4 bits = p.bits[j][s];
-          const float w[4] = {__uint_as_float(bits.x), __uint_as_float(bits.y), __uint_as_float(bits.z),
-                              __uint_as_float(bits.w)};
-          float rest[4];
-#pragma unroll
-          for (int i = 0; i < 4; ++i) rest[i] = w[i] - to_float(T(w[i]));
-          multiply<T>(sums[j], x[s], make_uint2(paired<T>(w[0], w[1]), paired<T>(w[2], w[3])));
-          multiply<T>(sums[j], x[s], make_uint2(paired<T>(rest[0], rest[1]), paired<T>(rest[2], rest[3])));
-        }
+        const uint4 w = p.bits[j][s / 2];
+        multiply<T>(sums[j], x[s], s % 2 ? make_uint2(w.z, w.w) : make_uint2(w.x, w.y));
       }
     }
   }
@@ -137,6 +125,17 @@ __device__ inline float total_of_warps(const float* of_warps, int r, int n) {
   return total;
 }
 
+// Eight elements from a 16-byte aligned address.
+template <class T>
+__device__ inline void load_eight(const T* from, float (&to)[8]) {
+#pragma unroll
+  for (int part = 0; part < 8 / Vector<T>::size; ++part) {
+    const Vector<T> v = load_vector(from + part * Vector<T>::size);
+#pragma unroll
+    for (int e = 0; e < Vector<T>::size; ++e) to[part * Vector<T>::size + e] = v[e];
+  }
+}
+
 // A row in float32 [width], in units of elements: of 8, 16-byte aligned, or of 2.
 template <int kUnit>
 struct DenseRow {
@@ -148,9 +147,7 @@ struct DenseRow {
   // The values of a unit, and where it begins.
   __device__ int64_t unit(int64_t i, float (&v)[kUnit]) const {
     if constexpr (kUnit == 8) {
-      const Vector<float> a = load_vector(row + 8 * i), b = load_vector(row + 8 * i + 4);
-#pragma unroll
-      for (int e = 0; e < 8; ++e) v[e] = e < 4 ? a[e] : b[e - 4];
+      load_eight(row + 8 * i, v);
     } else {
       for (int e = 0; e < kUnit; ++e) v[e] = kUnit * i + e < width ? row[kUnit * i + e] : 0.0f;
     }
@@ -170,9 +167,10 @@ __device__ inline void multiply_rows_plainly(RowOf row, int rows, int64_t width,
       if (r >= rows) break;
       const auto* x = row(r) + k;
       if constexpr (kUnit == 8) {
-        const Vector<float> a = load_vector(x), b = load_vector(x + 4);
+        float own[8];
+        load_eight(x, own);
 #pragma unroll
-        for (int e = 0; e < 8; ++e) sums[r] = fmaf(e < 4 ? a[e] : b[e - 4], v[e], sums[r]);
+        for (int e = 0; e < 8; ++e) sums[r] = fmaf(own[e], v[e], sums[r]);
       } else {
 #pragma unroll
         for (int e = 0; e < kUnit; ++e)

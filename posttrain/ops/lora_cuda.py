@@ -120,12 +120,11 @@ def _shrink(x: Tensor, a: Tensor, scales: Tensor, adapter: Tensor) -> Tensor:
     x, adapter = aligned(x), adapter.contiguous()
     rows, width = x.shape
     u = x.new_empty(rows, a.shape[1], dtype=torch.float32)
-    spans = width % (8 if x.dtype == torch.float32 else SPAN) == 0
-    a = factors(x.dtype if spans else torch.float32, a)[0]
+    a = factors(x.dtype if width % SPAN == 0 else torch.float32, a)[0]
     with cuda_device(x):
         cuda_kernels(x).cuda_lora_shrink(
             cuda_stream(x), x.data_ptr(), CUDA_DTYPES[x.dtype], width, rows, width, adapter.data_ptr(),
-            a.data_ptr(), CUDA_DTYPES[a.dtype], *a.shape[:2], scales.data_ptr(), u.data_ptr(), spans,
+            a.data_ptr(), CUDA_DTYPES[a.dtype], *a.shape[:2], scales.data_ptr(), u.data_ptr(),
         )  # fmt: skip
     return u
 

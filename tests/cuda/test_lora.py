@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tolerance import HALF, check
+from tolerance import HALF, assert_as_good_as, check
 from torch import Tensor
 from torch.nn import functional
 
@@ -92,6 +92,27 @@ def test_float32_adapters_on_a_half_precision_base_get_float32_gradients(several
     for mine, true in zip(ours[1:], truth[1:], strict=True):
         assert mine.grad.dtype == torch.float32
         torch.testing.assert_close(mine.grad, true.grad)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("size", [1e-2, 1e-4, 1e-6, 1e6])
+def test_float32_adapters_keep_their_digits_at_any_size(size, dtype, several) -> None:
+    """A times `size`, B divided by it: B starts at 0 in training, and float16 ends at 6e-8 and at 65504."""
+    (x, weight, a, b, _), adapter = several(40, 128, 64, 8)
+    x, nothing, small = x.to(dtype), torch.zeros_like(weight), 2.0**-8
+    incoming = (torch.arange(40 * 64, device=x.device).remainder(7) - 3).view(40, 64) * small
+
+    def results(op, wide):
+        leaves = [t.detach().requires_grad_() for t in (x.to(wide), a * size, b / size)]
+        y = op(leaves[0], nothing.to(wide), *leaves[1:], SCALING, adapter=adapter)
+        grad_x, grad_a, grad_b = torch.autograd.grad(y, leaves, incoming.to(wide))
+        return y.detach(), grad_x / small, grad_a * size / small, grad_b / size / small
+
+    ours, truth = results(lora_linear, dtype), results(reference.lora_linear, torch.float32)
+    for mine, true in zip(ours[:2], truth[:2], strict=True):
+        assert_as_good_as(mine, true.to(dtype), true)
+    for mine, true in zip(ours[2:], truth[2:], strict=True):
+        torch.testing.assert_close(mine, true)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from tolerance import HALF, check
+from tolerance import HALF, assert_as_good_as, check
 from torch import Tensor
 from torch.nn import functional
 
@@ -180,6 +180,15 @@ def test_an_adapter_in_half_precision(rank, shape, adapters, dtype, random) -> N
 
     inputs = [random(*s, dtype=dtype) for s in ((9, width), (rank, width), (height, rank), (height,))]
     check(mixed, with_adapter(reference.lora_linear, weight), inputs, plain)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("size", [1e-4, 1e-6, 1e6])
+def test_a_float32_adapter_keeps_its_digits_at_any_size(size, dtype, random) -> None:
+    weight = quantize_nf4(torch.zeros_like(random(40, 192)))
+    x, a, b = random(9, 192, dtype=dtype), random(11, 192) * size, random(40, 11) / size
+    truth = reference.lora_linear(x.float(), weight, a, b, 1.0)
+    assert_as_good_as(lora_linear(x, weight, a, b, 1.0), truth.to(dtype), truth)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
