@@ -3,7 +3,7 @@
 The choice depends only on the op, the tensor's device and its dtype:
 
     CPU    the C++ kernels ("cpu") for the dtypes they have, else plain PyTorch ("reference")
-    CUDA   the CUDA C++ kernels ("cuda") where posttrain/ops/cuda_choice.py says why and this build has them,
+    CUDA   the CUDA C++ kernels ("cuda") where posttrain/ops/cuda_choice.py says why and this build and GPU have them,
            else the Triton kernels ("triton") for the dtypes they have, else plain PyTorch ("reference")
 
 `use_backend` forces another one, for every op or for those it names. flash-attn ("flash-attn"), where it is installed,
@@ -16,6 +16,7 @@ as C++ (posttrain._emulated, which a build with -DPOSTTRAIN_EMULATION=ON has).
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
@@ -86,15 +87,15 @@ def explain(op: str, tensor: Tensor, case: str = "") -> Choice:
         raise ValueError(f"unknown op {op!r}; the ops are {', '.join(SUPPORT)}")
     forced = _forced.get(op)
     if forced is not None:
-        obstacle = _obstacle(op, forced, tensor.device.type, tensor.dtype)
+        obstacle = _obstacle(op, forced, tensor.device, tensor.dtype)
         if obstacle:
             raise BackendError(f"backend {forced!r} can't compute {op}: {obstacle}")
         return Choice(forced, "forced by use_backend")
     wins = WINS.get((op, case))
-    if tensor.device.type == "cuda" and wins and not _obstacle(op, "cuda", "cuda", tensor.dtype):
+    if tensor.device.type == "cuda" and wins and not _obstacle(op, "cuda", tensor.device, tensor.dtype):
         return Choice("cuda", wins)
     native = "triton" if tensor.device.type == "cuda" else "cpu"
-    obstacle = _obstacle(op, native, tensor.device.type, tensor.dtype)
+    obstacle = _obstacle(op, native, tensor.device, tensor.dtype)
     if obstacle:
         return Choice("reference", f"not {native}: {obstacle}")
     if native == "cpu" and tensor.dtype in _HALF:
@@ -147,7 +148,18 @@ def cuda_device(tensor: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
-def _obstacle(op: str, backend: str, device: str, dtype: torch.dtype) -> str | None:
+@cache
+def gpu_obstacle(device: torch.device) -> str | None:
+    """Why this GPU can't run the CUDA kernels of a build that has them, or None if it can."""
+    if not torch.cuda.is_available():
+        return "no GPU is here"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major >= 8:
+        return None
+    return f"the GPU's compute capability is {major}.{minor}, and the CUDA kernels are compiled for 8.0 and above"
+
+
+def _obstacle(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why `backend` can't compute `op` for this device and dtype, or None if it can."""
     if backend == "reference":
         return None
@@ -156,32 +168,34 @@ def _obstacle(op: str, backend: str, device: str, dtype: torch.dtype) -> str | N
         return f"{op} has no {backend} kernel"
     if dtype not in dtypes:
         return f"its {backend} kernel takes {', '.join(map(_name, dtypes))}, not {_name(dtype)}"
-    if backend == "cpu" and device != "cpu":
-        return f"the tensor is on {device}"
+    if backend == "cpu" and device.type != "cpu":
+        return f"the tensor is on {device.type}"
     if backend == "flash-attn":
         if not _HAS_FLASH_ATTN:
             return "flash-attn is not installed (pip install posttrain[flash-attn])"
-        if device != "cuda":
-            return f"the tensor is on {device}"
+        if device.type != "cuda":
+            return f"the tensor is on {device.type}"
     if backend == "cuda":
         return _obstacle_of_cuda(device)
     if backend == "triton":
         if not _HAS_TRITON:
             return "triton is not installed"
-        if device != "cuda" and not (device == "cpu" and _INTERPRETED):
-            return f"the tensor is on {device} (Triton runs there only with TRITON_INTERPRET=1 set before the start)"
+        if device.type != "cuda" and not (device.type == "cpu" and _INTERPRETED):
+            return (
+                f"the tensor is on {device.type} (Triton runs there only with TRITON_INTERPRET=1 set before the start)"
+            )
     return None
 
 
-def _obstacle_of_cuda(device: str) -> str | None:
+def _obstacle_of_cuda(device: torch.device) -> str | None:
     """Why the CUDA kernels can't compute on this device, or None if they can."""
-    if device == "cpu" and os.environ.get("POSTTRAIN_EMULATE_CUDA") == "1":
+    if device.type == "cpu" and os.environ.get("POSTTRAIN_EMULATE_CUDA") == "1":
         return (
             None if has_emulated_cuda() else "this build has no posttrain._emulated (-DPOSTTRAIN_EMULATION=ON makes it)"
         )
     if not _C.with_cuda():
         return "this build has no CUDA kernels (nvcc was not found when it was built)"
-    return None if device == "cuda" else f"the tensor is on {device}"
+    return gpu_obstacle(device) if device.type == "cuda" else f"the tensor is on {device.type}"
 
 
 def _name(dtype: torch.dtype) -> str:

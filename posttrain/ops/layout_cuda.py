@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from posttrain import _C
-from posttrain.ops.backend import cuda_device, cuda_kernels, cuda_stream
+from posttrain.ops.backend import cuda_device, cuda_kernels, cuda_stream, gpu_obstacle
 from posttrain.ops.library import define
 
 _BUILT = _C.with_cuda()
@@ -17,7 +17,7 @@ _BUILT = _C.with_cuda()
 
 def has_kernels(device: torch.device) -> bool:
     """Whether layouts on `device` are made here."""
-    return _BUILT and device.type == "cuda"
+    return _BUILT and device.type == "cuda" and gpu_obstacle(device) is None
 
 
 def expand(lengths: np.ndarray, parents: np.ndarray, tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from posttrain import _C
-from posttrain.ops import BackendError, backend, use_backend
+from posttrain.ops import BackendError, backend, layout_cuda, use_backend
 from posttrain.ops.cuda_choice import WINS
 
 
@@ -25,11 +25,31 @@ def test_table():
 def test_a_win_is_chosen_for_its_case_where_the_build_has_cuda(on_gpu, monkeypatch):
     monkeypatch.setattr(backend, "WINS", {("sample", "few rows"): "argued: launches"})
     monkeypatch.setattr(backend, "_HAS_TRITON", True)
+    monkeypatch.setattr(backend, "gpu_obstacle", lambda _: None)
     monkeypatch.setattr(_C, "with_cuda", lambda: True)
     assert backend.explain("sample", on_gpu, "few rows") == ("cuda", "argued: launches")
     assert backend.backend_for("sample", on_gpu) == "triton"
     monkeypatch.setattr(_C, "with_cuda", lambda: False)
     assert backend.backend_for("sample", on_gpu, "few rows") == "triton"
+
+
+def test_a_gpu_that_the_kernels_are_not_compiled_for(on_gpu, monkeypatch):
+    monkeypatch.setattr(backend, "_HAS_TRITON", True)
+    monkeypatch.setattr(backend, "gpu_obstacle", backend.gpu_obstacle.__wrapped__)  # remembers nothing
+    monkeypatch.setattr(_C, "with_cuda", lambda: True)
+    monkeypatch.setattr(layout_cuda, "_BUILT", True)
+    monkeypatch.setattr(layout_cuda, "gpu_obstacle", backend.gpu_obstacle)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    assert backend.backend_for("sample", on_gpu) == "triton"
+    assert not layout_cuda.has_kernels(on_gpu.device)
+    with use_backend("cuda"), pytest.raises(BackendError, match=r"compute capability is 7\.5, .* for 8\.0 and above"):
+        backend.backend_for("sample", on_gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    assert backend.backend_for("sample", on_gpu) == "cuda"
+    assert layout_cuda.has_kernels(on_gpu.device)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert backend.backend_for("sample", on_gpu) == "triton"
 
 
 def test_cpu_tensors_only_where_a_test_asks(monkeypatch):
