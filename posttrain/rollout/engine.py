@@ -92,6 +92,7 @@ class Engine:
         shapes = layer_shapes(self.model)
         num_bytes = int(memory * free_memory(weight.device)) if isinstance(memory, float) else memory
         num_pages = num_bytes // page_bytes(shapes, self._page_size, weight.dtype)
+        num_pages -= weight.device.type == "cuda"  # for the spare page, which on a CPU nobody touches
         if self.context_length is not None:
             num_pages = min(num_pages, self._max_sequences * -(-self.context_length // self._page_size))
         return KVCache(shapes, num_pages, self._page_size, weight.dtype, weight.device)

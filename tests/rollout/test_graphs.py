@@ -221,6 +221,17 @@ def test_graphs_live_as_long_as_they_read_the_model(make, model):
     assert captured() == 1
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="captures graphs on a GPU; there is no GPU")
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "phi3"])
+def test_captured_on_a_gpu(name, make, prompts):
+    model = tiny(name).to("cuda")
+    prepare(model)
+    engine = make(graphs.CudaCapture(torch.device("cuda")), model)
+    results = engine.generate(prompts, PARAMS)
+    assert engine._runner.graphs is not None
+    assert_same(results, make(None, model).generate(prompts, PARAMS))
+
+
 def test_models_that_cannot_be_captured(make, model, prompts):
     def refuses(step):
         raise RuntimeError("operation not permitted when stream is capturing")
