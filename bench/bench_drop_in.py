@@ -71,7 +71,7 @@ def test_memory(name, report, smaller):
     folder, found = model_folder(name), {}
     for system, enabled in (("trl", False), ("enabled", True)):
         given = f"{name!r}, {folder!r}, {enabled}"
-        setup = f"import bench_drop_in as b\nb.Script({given}, steps=2).train()\nscript = b.Script({given})"
+        setup = f"import bench_drop_in as b\nb.Script({given}, steps=1).train()\nscript = b.Script({given}, steps=2)"
         found[system] = peaks(setup, "script.train()")
     beyond = report_peaks(report, f"drop-in-{name}-memory", f"TRL with and without posttrain.enable(), {name}", found)
     smaller[name] = beyond["enabled"] / beyond["trl"]
