@@ -93,7 +93,7 @@ class Generation:
     def _draw(self, sequences: list[Sequence], logits: Tensor) -> None:
         device = logits.device
         tokens, logprobs = sample(
-            logits,
+            logits.float() if logits.dtype == torch.float64 else logits,  # as a burst draws
             **_filters(sequences, device),
             seeds=torch.tensor([s.seed for s in sequences], device=device),
             offsets=torch.tensor([s.drawn for s in sequences], device=device),

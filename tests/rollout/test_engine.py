@@ -1,5 +1,6 @@
 """The engine against transformers' generate and against the training forward, alone and in company."""
 
+from copy import deepcopy
 from itertools import chain
 
 import pytest
@@ -103,8 +104,10 @@ def test_greedy_is_that_of_transformers(way, make_engine, prompts):
         assert completion.finish_reason == "length"
 
 
-def test_alone_as_in_company(make_engine):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_alone_as_in_company(dtype, make_engine, model):
     """Bit for bit, whatever the batch, the steps that the prompt is read in, the room and the prefixes found."""
+    model = deepcopy(model).to(dtype)
     generator = torch.Generator().manual_seed(3)
     common = torch.randint(2, 97, (20,), generator=generator).tolist()
     lengths = torch.randint(0, 40, (32,), generator=generator).tolist()
@@ -113,12 +116,14 @@ def test_alone_as_in_company(make_engine):
         SamplingParams(n=1 + i % 2, max_tokens=5 + i, ignore_eos=True, seed=i % 3, top_p=0.9 if i % 4 else 1.0)
         for i in range(32)
     ]
-    together = make_engine().generate(prompts, params)
-    in_pieces = make_engine(max_tokens_per_step=13, max_sequences=5).generate(prompts, params)
-    crowded = make_engine(memory=20 * 8 * 2 * 2 * 2 * 16 * 4)
+    together = make_engine(model).generate(prompts, params)
+    in_pieces = make_engine(model, max_tokens_per_step=13, max_sequences=5).generate(prompts, params)
+    crowded = make_engine(model, memory=20 * 8 * 2 * 2 * 2 * 16 * dtype.itemsize)
     squeezed = crowded.generate(prompts, params)
     assert crowded.stats.preempted > 0
-    one_by_one = [make_engine().generate([prompt], one)[0] for prompt, one in zip(prompts[:8], params[:8], strict=True)]
+    one_by_one = [
+        make_engine(model).generate([prompt], one)[0] for prompt, one in zip(prompts[:8], params[:8], strict=True)
+    ]
     assert together == in_pieces == squeezed
     assert together[:8] == one_by_one
 
