@@ -2,18 +2,15 @@
 
 A key is an op and a case of it ("" for all its inputs; else as the op calls `backend_for`). A value starts with
 "argued:", for a reason written out in docs/cuda-kernels.md, or with "measured:", for a file in bench/results. What
-isn't here stays with Triton: also what a GPU has to run first because the CPU's emulation can't check it, as the
-matrix instructions and the waits between blocks of "up to 16 rows of NF4" (docs/gpu-todo.md).
+isn't here stays with Triton: also what a GPU has to run first because the CPU's emulation can't check it. Those are the
+cases of posttrain/ops/lora_cuda.py, with the matrix instructions of "adapters by row" and "up to 16 rows of NF4" and
+the waits between blocks of the latter, until tests/cuda/test_lora.py and test_nf4.py ran on one (docs/gpu-todo.md).
 """
 
-_OWN_ADAPTER = "argued: two launches instead of eight, and no work for other adapters"
 _ONE_PASS = "argued: one pass instead of three, on all multiprocessors whatever the rows"
 _ONE_LAUNCH_OF_STEP = "argued: one launch instead of three"
 
 WINS: dict[tuple[str, str], str] = {
-    ("lora_linear", "adapters by row"): _OWN_ADAPTER,
-    ("lora_qkv", "adapters by row"): _OWN_ADAPTER,
-    ("lora_mlp", "adapters by row"): _OWN_ADAPTER,
     ("sample", ""): _ONE_PASS,
     ("rope_cache", ""): _ONE_LAUNCH_OF_STEP,
 }
