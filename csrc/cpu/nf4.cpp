@@ -244,7 +244,8 @@ void add_piece(const Nf4& w, int64_t first, int64_t end, int64_t k, int64_t coun
   const int64_t runs = count / kRun, stride = width / 2, below = k + count == width ? end : first;
   const int shift = __builtin_ctzll(w.block);
   float copies[kBand * kAbsmax];
-  const bool copied = w.nested_absmax != nullptr || end == height;  // the last ones, since loads reach beyond them
+  // Scale loads reach up to kLanes - 1 beyond those of the band, so unless the next bands have as many, it has copies.
+  const bool copied = w.nested_absmax != nullptr || (height - end) * (width >> shift) < kLanes - 1;
   if (copied)
     for (int64_t n = first; n < end; ++n)
       absmax_of(w, (n * width + k) >> shift, ((count - 1) >> shift) + 1, copies + (n - first) * kAbsmax);

@@ -1,5 +1,8 @@
 """NF4: bitsandbytes' bits, true products with a few rows and with many, clear about wrong arguments."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from functools import partial
 
@@ -147,6 +150,40 @@ def test_product_with_rows_of_whole_blocks(nested, blocksize) -> None:
                 partial(reference.nf4_linear, weight=weight),
                 [matrix(rows, shape[1], 1)],
             )
+
+
+_AT_A_GUARD = """
+import ctypes, mmap
+from dataclasses import replace
+import torch
+from posttrain.ops import nf4_linear, quantize_nf4
+
+def at_a_guard(values):
+    pages = -(-values.nbytes // mmap.PAGESIZE)
+    memory = mmap.mmap(-1, (pages + 1) * mmap.PAGESIZE)
+    guard = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + pages * mmap.PAGESIZE
+    if ctypes.CDLL(None, use_errno=True).mprotect(ctypes.c_void_p(guard), mmap.PAGESIZE, 0):
+        raise OSError(ctypes.get_errno(), "mprotect")
+    begin = pages * mmap.PAGESIZE - values.nbytes
+    copy = torch.frombuffer(memory, dtype=values.dtype, count=values.numel(), offset=begin)
+    return copy.view(values.shape).copy_(values)
+
+for height, width, block in [(17, 128, 64), (17, 128, 128), (19, 256, 128), (30, 128, 32), (33, 64, 32)]:
+    weight = quantize_nf4(torch.randn(height, width), blocksize=block)
+    guarded = replace(weight, packed=at_a_guard(weight.packed), absmax=at_a_guard(weight.absmax))
+    for rows in (1, 8):
+        x = torch.randn(rows, width)
+        assert torch.equal(nf4_linear(x, guarded), nf4_linear(x, weight)), (height, width, block, rows)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="calls Linux' mprotect")
+@pytest.mark.parametrize("isa", ["avx2", "avx512"])
+def test_product_reads_nothing_beyond_its_arrays(isa) -> None:
+    """`packed` and `absmax` end where memory that can't be read begins; a CPU without `isa` runs what it has."""
+    environment = {**os.environ, "POSTTRAIN_ISA": isa}
+    done = subprocess.run([sys.executable, "-c", _AT_A_GUARD], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr or f"signal {-done.returncode}"
 
 
 @pytest.mark.usefixtures("poison")
