@@ -6,8 +6,8 @@ twice the rounding of the result; or, in float32, be within 1e-5 + 1.3e-6 of the
 is asked that no value is off by more than 2% of the largest, so that a peer that computes in a coarser dtype
 stays in the table, with its error beside its speed.
 
-All who are right take turns in one process; before every call the arguments move on to a copy that caches have
-forgotten. `calls_of` is for comparisons that time the same arguments again and again.
+All who are right take turns in one process; before every call, whoever's it is, the arguments move on to a copy that
+caches have forgotten. `calls_of` is for comparisons that time the same arguments again and again.
 """
 
 import gc
@@ -223,10 +223,11 @@ def _calls(
     ways: Mapping[str, Way], right: Iterable[str], sets: list[Arguments], name: str, missing: dict[str, str]
 ) -> dict[str, Call]:
     """Calls of a pass that have run once; of peers that can't, `missing` gets to know why."""
-    calls = {}
+    calls: dict[str, Call] = {}
+    turns = itertools.count()
     for way_name in right:
         try:
-            call = _call(ways[way_name], sets, backward=name == BOTH)
+            call = _call(ways[way_name], sets, turns, backward=name == BOTH)
             call()
             calls[way_name] = call
         except Exception as error:  # out of memory, say
@@ -236,22 +237,21 @@ def _calls(
     return calls
 
 
-def _call(way: Way, sets: list[Arguments], backward: bool) -> Call:
-    """The function on one set of arguments after the other."""
+def _call(way: Way, sets: list[Arguments], turns: Iterator[int], backward: bool) -> Call:
+    """The function on one set of arguments after the other; others that share `turns` have those in between."""
     prepared = [way.prepare(arguments) for arguments in sets]
-    turns: Iterator[Arguments] = itertools.cycle(prepared)
     if not backward:
 
         def forward() -> None:
             with torch.no_grad():
-                way.call(*next(turns))
+                way.call(*prepared[next(turns) % len(prepared)])
 
         return forward
     with torch.no_grad():
         incoming = [torch.randn_like(y) for y in outputs_of(way.call(*prepared[0]))]
 
     def both() -> None:
-        arguments = next(turns)
+        arguments = prepared[next(turns) % len(prepared)]
         torch.autograd.grad(outputs_of(way.call(*arguments)), leaves_of(arguments), incoming)
 
     return both

@@ -126,6 +126,27 @@ def test_arguments_take_turns(make_case):
     assert len(seen) >= 4
 
 
+def test_no_column_reads_what_the_one_before_it_has_loaded(make_case, monkeypatch):
+    seen = []
+
+    def noted(x):
+        seen.append(x.data_ptr())
+        return 2 * x
+
+    def timed(calls, rounds):
+        seen.clear()
+        samples = alternate(calls, rounds, min_seconds=0)
+        found.append(list(seen))
+        return samples
+
+    found = []
+    monkeypatch.setattr(module, "alternate", timed)
+    measure(make_case(noted, noted, {"peer": lambda problem: noted}), rounds=4, peers=True)
+    for pointers in found:
+        assert len(pointers) >= 12 and len(set(pointers)) == 5
+        assert all(len(set(pointers[i : i + 5])) == 5 for i in range(len(pointers) - 4))
+
+
 @pytest.mark.parametrize("name", [FORWARD, BOTH])
 def test_calls_pass_the_gate_and_stay_with_the_arguments(make_case, name):
     seen = []
