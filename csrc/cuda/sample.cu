@@ -286,7 +286,8 @@ struct Row {
   __device__ int filtered(int token, float total, const SampleRows& rows, int64_t r) const {
     const int64_t k = rows.top_k[r];
     const float p = rows.top_p[r];
-    float limit = -INFINITY, floor = logf(rows.min_p[r]);
+    float limit = -INFINITY;
+    float floor = fminf(logf(rows.min_p[r]), 0.0f);  // also for NaN or above 1: the largest z is 0 and must stay
     if (k > 0 && k < size) {
       const float last = largest(k);
       floor = fmaxf(floor, last);

@@ -130,6 +130,23 @@ def test_any_rows_and_places(device) -> None:
         assert torch.equal(alone[0], tokens[r : r + 1]) and torch.equal(alone[1], logprobs[r : r + 1])
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [(name, value) for name in ("temperature", "top_p", "min_p") for value in (math.nan, math.inf, -1.0, 2.0, 1e-45)]
+    + [("top_k", value) for value in (-1, -(2**63), 2**31 + 1, 2**63 - 1)],
+)
+def test_numbers_out_of_range_on_the_device_give_tokens_of_the_row(name, value, device) -> None:
+    """Nobody reads a GPU's parameters to check them, and the next step looks up what was drawn."""
+    logits, seeds = logits_of(4, 1300).to(device), torch.arange(4, device=device)
+    ones = torch.ones(4, device=device)
+    good = {"temperature": ones, "top_k": 9 * (seeds % 2), "top_p": 0.9 * ones, "min_p": 0.1 * ones}
+    parameters = good | {name: torch.full_like(good[name], value)}
+    tokens, _ = torch.ops.posttrain.sample(logits, *parameters.values(), seeds, seeds, "cuda")
+    assert ((tokens >= 0) & (tokens < 1300)).all()
+    if name == "min_p" and not value <= 1:
+        assert torch.equal(tokens, logits.argmax(-1))
+
+
 def test_logprobs_lean_to_no_side(device) -> None:
     logits = {seed: logits_of(2, 600, seed) for seed in range(64)}
     draws = {seed: draw(x.to(device)) for seed, x in logits.items()}
