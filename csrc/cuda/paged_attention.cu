@@ -243,7 +243,8 @@ __global__ void __launch_bounds__(kThreads, 2) attend_kernel(PagedDecode f) {
   constexpr int kTiles = kTilesOf<T, kWidth>, kRows = 16 * kTiles;
   constexpr int kLine = kWidth + 64 / sizeof(T);  // so that two rows of queries are on different banks
   __shared__ uint4 staged[kRows * kLine * sizeof(T) / 16];
-  __shared__ float sums[kRows][kWidth], tops[kWarps][kRows], totals[kWarps][kRows];
+  alignas(16) __shared__ float sums[kRows][kWidth];
+  __shared__ float tops[kWarps][kRows], totals[kWarps][kRows];
   __shared__ int joins[kRows];
   const Lane at;
   const int group = f.heads / f.key_heads, pieces = (group + kRows - 1) / kRows;
