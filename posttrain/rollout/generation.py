@@ -5,6 +5,7 @@ token of each running sequence, nothing changes until one of them is complete, a
 place: those steps run as a *burst* (burst.py, graphs.py), without a look at single sequences.
 """
 
+import math
 import time
 from collections.abc import Sequence as Many
 from typing import Any
@@ -39,6 +40,7 @@ class Generation:
         self._ends = ends
         self._stats = stats
         self._streaming = streaming
+        self._failure: ValueError | None = None  # of a sequence without a distribution, once the others' are taken
 
     @property
     def going_on(self) -> bool:
@@ -46,7 +48,12 @@ class Generation:
         return bool(self.scheduler.waiting or self.scheduler.running)
 
     def advance(self) -> list[Sequence]:
-        """A step, or a burst of them; the sequences that drew a token. Those that are complete have left."""
+        """A step, or a burst of them; the sequences that drew a token. Those that are complete have left.
+
+        Raises `ValueError` if in the call before a sequence had no distribution to draw from.
+        """
+        if self._failure is not None:
+            raise self._failure
         began = time.perf_counter()
         step = self.scheduler.next_step()
         drawing = self._step(step)
@@ -77,7 +84,7 @@ class Generation:
         if drawing:
             if len(rows) > len(logits):
                 logits = logits[torch.tensor(rows, device=logits.device)]
-            self._draw(drawing, logits)
+            return self._draw(drawing, logits)
         return drawing
 
     def _leave(self, drawing: list[Sequence]) -> bool:
@@ -90,7 +97,8 @@ class Generation:
                 self.scheduler.drop(sequence)
         return bool(complete)
 
-    def _draw(self, sequences: list[Sequence], logits: Tensor) -> None:
+    def _draw(self, sequences: list[Sequence], logits: Tensor) -> list[Sequence]:
+        """A token for each of `sequences`; those that had a distribution."""
         device = logits.device
         tokens, logprobs = sample(
             logits.float() if logits.dtype == torch.float64 else logits,  # as a burst draws
@@ -101,12 +109,14 @@ class Generation:
         asking = [row for row, sequence in enumerate(sequences) if sequence.params.logprobs]
         for row in asking:
             sequences[row].top_logprobs.append(_likeliest(logits[row], sequences[row]))
-        for sequence, token, logprob in zip(sequences, tokens.tolist(), logprobs.tolist(), strict=True):
-            self._accept(sequence, token, logprob)
+        drawn = zip(sequences, tokens.tolist(), logprobs.tolist(), strict=True)
+        return [sequence for sequence, token, logprob in drawn if self._accept(sequence, token, logprob)]
 
-    def _accept(self, sequence: Sequence, token: int, logprob: float) -> None:
-        """Append a token, and see whether the sequence ends there."""
-        _check(sequence, logprob)
+    def _accept(self, sequence: Sequence, token: int, logprob: float) -> bool:
+        """Append a token, and see whether the sequence ends there; False if it has no log-probability."""
+        if math.isnan(logprob):
+            self._fail(sequence)
+            return False
         sequence.tokens.append(token)
         sequence.logprobs.append(logprob)
         if sequence.stream is None and (self._streaming or sequence.params.stop):
@@ -119,6 +129,7 @@ class Generation:
             sequence.finish_reason = "stop"
         elif len(sequence.tokens) >= sequence.limit:
             sequence.finish_reason = "length"
+        return True
 
     def _burst(self, sequences: list[Sequence]) -> list[Sequence]:
         """Draw for all of `sequences`, which are all that run: until one is complete, if others wait for its place.
@@ -140,16 +151,24 @@ class Generation:
         drawn, logprobs = burst.results()
         self._stats.add_burst([len(tokens) for tokens in drawn], self.scheduler, time.perf_counter() - began)
         for sequence, tokens, own in zip(sequences, drawn, logprobs, strict=True):
-            sequence.computed += len(tokens)
-            sequence.tokens += tokens
-            sequence.logprobs += own
-            _check(sequence, sum(own))
-            if tokens[-1] in self._ends and not sequence.params.ignore_eos:
+            count = next((place for place, logprob in enumerate(own) if math.isnan(logprob)), len(own))
+            sequence.computed += count
+            sequence.tokens += tokens[:count]
+            sequence.logprobs += own[:count]
+            if count < len(own):
+                self._fail(sequence)
+            elif tokens[-1] in self._ends and not sequence.params.ignore_eos:
                 sequence.finish_reason = "stop"
             elif len(sequence.tokens) >= sequence.limit:
                 sequence.finish_reason = "length"
         order = sorted(range(len(sequences)), key=lambda i: len(drawn[i]))
         return [sequences[i] for i in order]
+
+    def _fail(self, sequence: Sequence) -> None:
+        self._failure = self._failure or ValueError(
+            f"the model gives no distribution (NaN or infinity among the logits) for prompt {sequence.prompt} "
+            f"after {len(sequence.tokens)} tokens"
+        )
 
 
 def _filters(sequences: Many[Sequence], device: torch.device) -> dict[str, Any]:
@@ -168,11 +187,3 @@ def _likeliest(logits: Tensor, sequence: Sequence) -> list[tuple[int, float]]:
     logprobs = (logits.double() / (params.temperature or 1.0)).log_softmax(-1)
     values, tokens = logprobs.topk(min(params.logprobs, len(logprobs)))
     return list(zip(tokens.tolist(), values.tolist(), strict=True))
-
-
-def _check(sequence: Sequence, logprob: float) -> None:
-    if logprob != logprob:
-        raise ValueError(
-            f"the model gives no distribution (NaN or infinity among the logits) for prompt {sequence.prompt} "
-            f"after {len(sequence.tokens)} tokens"
-        )

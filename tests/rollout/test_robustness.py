@@ -1,5 +1,6 @@
 """What is asked may make no sense, and what is called may fail: clear errors, nothing lost, nothing leaked."""
 
+from copy import deepcopy
 from itertools import chain
 
 import pytest
@@ -232,6 +233,47 @@ def test_weights_without_a_number(make_engine):
     torch.nn.init.constant_(model.model.norm.weight, float("nan"))
     with pytest.raises(ValueError, match="no distribution"):
         make_engine(model).generate([[5]], SHORT)
+
+
+@pytest.mark.parametrize("bursts", [True, False], ids=["burst", "steps"])
+def test_what_is_done_when_a_sequence_has_no_distribution(bursts, model, make_engine):
+    """One token's embedding is infinite, and one prompt draws it; the others get done in the same burst or before."""
+    prompts = [f"ab{i}" for i in range(9)]
+    params = [
+        SamplingParams(max_tokens=10 + i // 8, seed=1, ignore_eos=True, logprobs=int(not bursts)) for i in range(9)
+    ]
+    whole = make_engine().generate(prompts, params)
+    drawn = [completion.token_ids for [completion] in whole]
+    failing, place = next(
+        (i, place)
+        for i in range(2, 8)
+        for place, token in enumerate(drawn[i][3:9], 3)
+        if sum(tokens.count(token) for tokens in drawn) == 1
+    )
+    model = deepcopy(model)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[drawn[failing][place]] = torch.inf
+    engine = make_engine(model)
+    with pytest.raises(
+        ValueError, match=f"no distribution .* for prompt {failing} after {len('ab0') + place + 1} tokens"
+    ):
+        engine.generate(prompts, params)
+    assert engine.finished == ({i: whole[i] for i in range(9) if i != failing} if bursts else {})
+
+
+def test_no_distribution_in_the_step_in_which_others_get_done(engine, monkeypatch):
+    run = engine._runner.run
+    half = torch.tensor([[1.0], [torch.nan]])
+    monkeypatch.setattr(engine._runner, "run", lambda step: run(step) * half)
+    params = SamplingParams(max_tokens=1, ignore_eos=True)
+    with pytest.raises(ValueError, match=r"no distribution .* for prompt 1 after 1 tokens"):
+        engine.generate([[5], [6]], params)
+    assert list(engine.finished) == [0]
+    seen = []
+    with pytest.raises(ValueError, match="no distribution"):
+        for piece in engine.stream([[5], [6]], params):
+            seen.append(piece.prompt)
+    assert seen == [0]
 
 
 def test_prefixes_that_are_kept(make_engine):
