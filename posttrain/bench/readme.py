@@ -35,6 +35,10 @@ class Results:
         except (OSError, ValueError) as error:
             raise ResultError(f"{path}: {error}") from error
 
+    def has(self, name: str) -> bool:
+        """Whether there is a comparison of this name."""
+        return (self.folder / f"{name}.json").exists()
+
     def speed(self, name: str, column: str = OURS, digits: int = 2) -> str:
         """Speed against the baseline, with its percentiles."""
         spread = self.content(name)["speedup"][column]
@@ -50,8 +54,8 @@ def _spread(median: float, low: float, high: float, digits: int) -> str:
     return f"{median:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
-def _against_trl(values: Mapping[str, float]) -> str:
-    return f"{values[OURS]:.0f} against {values['trl']:.0f}"
+def _against_trl(values: Mapping[str, float], who: str = OURS) -> str:
+    return f"{values[who]:.0f} against {values['trl']:.0f}"
 
 
 def _logprob(results: Results) -> Rows:
@@ -167,6 +171,59 @@ def _rollout(results: Results) -> Rows:
     return rows
 
 
+def _lora(results: Results) -> Rows:
+    labels = {
+        "lora_linear-forward": "forward, speed against the frozen layer",
+        "lora_linear": "forward and backward, against PEFT, memory kept by the process",
+        "lora_linear-system-memory": "the same, memory from the system",
+        "lora_mlp": "gated MLP of three such layers, forward and backward, against PEFT",
+    }
+    columns = (OURS, "PEFT", "frozen layer alone")
+    rows = [["", *columns]]
+    for name, label in labels.items():
+        content = results.content(name)
+        shown = {column: results.speed(name, column) for column in columns if column in content["speedup"]}
+        shown[content["baseline"]] = "1"
+        rows.append([label, *(shown.get(column, "") for column in columns)])
+    for key_heads in (4, 16):
+        kept = results.content(f"lora-activations-{key_heads}")["kept_bytes"]
+        sizes = [f"{kept[column] / 2**20:.0f}" for column in (OURS, "PEFT")]
+        rows.append([f"MiB that a decoder layer with {key_heads} key heads keeps for its backward", *sizes, ""])
+    return rows
+
+
+def _nf4(results: Results) -> Rows:
+    rows = [["rows of x", "ms", "speed against dequantising and multiplying", "bitsandbytes"]]
+    for count in (1, 4, 8, 16):
+        name = f"nf4_linear-{count}"
+        content = results.content(name)
+        theirs = results.speed(name, "bitsandbytes", 1) if "bitsandbytes" in content["speedup"] else ""
+        milliseconds = f"{1e3 * content['seconds'][OURS]['median']:.2f}"
+        rows.append([str(count), milliseconds, results.speed(name, digits=1), theirs])
+    return rows
+
+
+def _drop_in(results: Results) -> Rows:
+    """A script that wasn't measured has no row, and one whose memory wasn't has none there."""
+    labels = {
+        "sft": "SFT",
+        "sft-packing": "SFT with packing",
+        "dpo": "DPO, 8 pairs of 256 + 2 x 64 tokens",
+        "grpo-short-prompts": "GRPO, 4 prompts of 12 x 8 completions of 64",
+        "grpo-long-prompts": "GRPO, 4 prompts of 256 x 8 completions of 32",
+    }
+    rows = [["", "speed against the script without", "ms a step", "memory beyond the trainer, MB"]]
+    for name, label in labels.items():
+        comparison, memory = f"drop-in-{name}", f"drop-in-{name}-memory"
+        if not results.has(comparison):
+            continue
+        seconds = results.content(comparison)["seconds"]
+        times = _against_trl({who: 1e3 * spread["median"] for who, spread in seconds.items()}, "enabled")
+        peaks = _against_trl(results.content(memory)["megabytes"], "enabled") if results.has(memory) else ""
+        rows.append([label, results.speed(comparison, "enabled"), times, peaks])
+    return rows
+
+
 def _overview(results: Results) -> Rows:
     runs = [read(path) for path in sorted(results.folder.glob("*.json"))]
     device = Device(runs[0].device if runs else "", [run for run in runs if "suite" in run.machine], [])
@@ -185,6 +242,9 @@ TABLES: dict[str, Callable[[Results], Rows]] = {
     "sft": _sft,
     "steps": _steps,
     "rollout": _rollout,
+    "lora": _lora,
+    "nf4": _nf4,
+    "drop-in": _drop_in,
 }
 
 

@@ -144,6 +144,19 @@ def test_a_table_that_cannot_be_made_is_an_error(tmp_path, name):
         filled(f"<!-- bench:{name} -->\n<!-- /bench -->\n", tmp_path)
 
 
+def test_scripts_that_were_not_measured_have_no_row(tmp_path):
+    spread = dict.fromkeys(("median", "p20", "p80"), 2.0)
+    both = {name: {"enabled": spread, "trl": spread} for name in ("seconds", "speedup")}
+    (tmp_path / "drop-in-dpo.json").write_text(json.dumps(both))
+    (tmp_path / "drop-in-sft.json").write_text(json.dumps(both))
+    (tmp_path / "drop-in-sft-memory.json").write_text(json.dumps({"megabytes": {"trl": 30, "enabled": 20}}))
+    table = filled(f"<!-- bench:drop-in {tmp_path.name} -->\n<!-- /bench -->\n", tmp_path.parent)
+    assert table.splitlines()[3:-1] == [
+        "| SFT | 2.00 (2.00 to 2.00) | 2000 against 2000 | 20 against 30 |",
+        "| DPO, 8 pairs of 256 + 2 x 64 tokens | 2.00 (2.00 to 2.00) | 2000 against 2000 | |",
+    ]
+
+
 def test_what_cannot_be_reported_is_one_line(tmp_path, capsys):
     for arguments, line in (
         (["report", str(tmp_path)], f"{tmp_path}: no results of posttrain bench in its folders"),
