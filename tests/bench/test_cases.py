@@ -53,6 +53,20 @@ def test_ours_plain_and_peers_agree(op, monkeypatch):
             assert {OURS, PLAIN, *quick} - absent == set(table.columns), table.missing
 
 
+@pytest.mark.parametrize(("op", "rows"), [("dpo", 9), ("grpo", 9), ("sft", None)])
+def test_plain_pytorch_takes_no_logits_of_prompts(op, rows):
+    """Of the 8 tokens of an answer, the one before, and the last one, which has no target."""
+    problem, seen = CASES[op](_TINY)[0].make(), []
+    plain = problem.plain.args[0]
+    plain.lm_head.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+    plain.get_decoder().register_forward_pre_hook(
+        lambda _, args, kw: seen.append(kw["input_ids"].shape[1]), with_kwargs=True
+    )
+    problem.plain()
+    length, kept = seen[-2:]
+    assert kept == (rows or length) and (rows is None or length == 40)
+
+
 def test_the_truth_of_a_gpu_goes_head_by_head(monkeypatch):
     q, k, v = (torch.randn(2, 9, heads, 8, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2))
     whole = attention.sdpa(q, k, v)

@@ -1,10 +1,11 @@
 """Optimizer steps of SFT, DPO and GRPO on models of a shape with random weights, all of which are trained.
 
 Ours runs the packed batch, prompts once, through the prepared model and `linear_logprob`; plain PyTorch runs
-transformers' model on the padded batch, with the prompts copied, and log_softmax of its logits. Loss, backward and
-AdamW (with a learning rate of 0, so that the weights stay) are the same for both. GRPO's completions are given: what
-makes them is the case `rollout`. Operations are those of the matrix products of the packed tokens: 6 for each weight of
-the layers and token, and of the head and target; DPO's reference takes 2 more.
+transformers' model on the padded batch, with the prompts copied, and log_softmax of its logits, those of prompts left
+out where all answers begin later (`logits_to_keep`, as TRL's GRPO has it). Loss, backward and AdamW (with a learning rate of 0,
+so that the weights stay) are the same for both. GRPO's completions are given: what makes them is the case `rollout`.
+Operations are those of the matrix products of the packed tokens: 6 for each weight of the layers and token, and of the
+head and target; DPO's reference takes 2 more.
 """
 
 from collections.abc import Callable
@@ -88,7 +89,7 @@ def _cases(suite: Suite, op: str, title: str, texts: Texts, each: int, loss: Los
     cases = []
     for model in suite.steps:
         weights = max(4 * DTYPE.itemsize, DTYPE.itemsize + 2 * WIDER.itemsize) * model.weights
-        logits = 3.0 * WIDER.itemsize * len(texts.answers) * longest * model.vocabulary
+        logits = 3.0 * WIDER.itemsize * len(texts.answers) * (max(texts.answers) + 1) * model.vocabulary
         need = weights + logits + 40.0 * len(texts.answers) * longest * model.layers * model.inner
         make = partial(_problem, model, texts, each, longest, loss, 8 if op == "dpo" else 6)
         cases.append(Case(op, f"{model.name}, {title} tokens", need, make, (STEP,)))
@@ -100,13 +101,19 @@ def _problem(model: ModelShape, texts: Texts, each: int, longest: int, loss: Los
 
     prepared, plain, wide = make_models(model, longest)
     batch, rows, real = _batch(texts, each, model.vocabulary)
+    first = int(real.any(0).nonzero()[0])  # of the logits that are needed
     optimizer = torch.optim.AdamW(plain.parameters(), lr=0.0, weight_decay=0.0, fused=GPU)
 
     def padded(module: Any) -> Tensor:
         """Of the targets, in the order of the packed batch."""
-        logits = module(input_ids=rows, attention_mask=torch.ones_like(rows), use_cache=False).logits
+        logits = module(
+            input_ids=rows,
+            attention_mask=torch.ones_like(rows),
+            use_cache=False,
+            logits_to_keep=rows.shape[1] - first,
+        ).logits
         table = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-        return table[:, :-1].gather(-1, rows[:, 1:, None])[..., 0][real]
+        return table[:, :-1].gather(-1, rows[:, first + 1 :, None])[..., 0][real[:, first:]]
 
     truth = _step(wide, partial(padded, wide), loss, batch.sequence)
     del wide
