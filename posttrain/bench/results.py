@@ -95,8 +95,11 @@ def _run(path: Path, content: dict[str, Any]) -> Run:
 
 
 def _comparison(path: Path, content: dict[str, Any]) -> Run:
+    seconds = content.get("seconds", {})
     figures = {
-        Key(path.stem, "", "", column): Figure(Spread(**seconds), Spread(**content["speedup"][column]))
-        for column, seconds in content.get("seconds", {}).items()
+        Key(path.stem, "", "", column): Figure(Spread(**spread), Spread(**content["speedup"][column]))
+        for column, spread in seconds.items()
     }
+    if seconds and "baseline" not in content:
+        raise KeyError("baseline")
     return Run(path, content | {"device": content["device"]}, figures, {})

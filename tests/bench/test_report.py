@@ -157,6 +157,16 @@ def test_scripts_that_were_not_measured_have_no_row(tmp_path):
     ]
 
 
+def test_a_comparison_without_its_baseline_is_one_line(tmp_path, capsys):
+    path = tmp_path / "A" / "x.json"
+    path.parent.mkdir()
+    spreads = {"posttrain": dict.fromkeys(("median", "p20", "p80"), 1.0)}
+    path.write_text(json.dumps({"device": "A", "seconds": spreads, "speedup": spreads}))
+    assert main(["bench", "report", str(tmp_path)]) == 2
+    line = f"{path}: not a result of posttrain bench: KeyError 'baseline'"
+    assert capsys.readouterr().err == f"posttrain: error: {line}\n"
+
+
 def test_what_cannot_be_reported_is_one_line(tmp_path, capsys):
     for arguments, line in (
         (["report", str(tmp_path)], f"{tmp_path}: no results of posttrain bench in its folders"),
