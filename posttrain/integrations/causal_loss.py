@@ -174,4 +174,4 @@ def _check(found: Head, hidden: Tensor, targets: Tensor) -> None:
         log_p = found.logits(rows).float().log_softmax(-1)
         return log_p.gather(-1, targets[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
 
-    check_head(found, hidden, targets, 1.0, ours, theirs)
+    check_head("transformers", found, hidden, targets, 1.0, ours, theirs)

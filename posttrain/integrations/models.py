@@ -7,7 +7,7 @@ from torch import nn
 
 from posttrain.integrations.causal_loss import replace_loss, restore_loss
 from posttrain.integrations.counting import count, say
-from posttrain.integrations.self_check import forget_checks, watch
+from posttrain.integrations.self_check import forget_heads, unwatch, watch
 from posttrain.integrations.versions import installed
 from posttrain.models import ModelError, Report, prepare, restore
 from posttrain.models.causal_lm import causal_lm, decoder
@@ -24,6 +24,7 @@ def patch(model: nn.Module, *, allow_untested: bool = False) -> Report:
     """Put our ops into one causal LM of transformers, or one wrapped by PEFT, and print what was replaced.
 
     Norms, rotary embeddings, MLPs, attention and LoRA layers, as `posttrain.models.prepare` does; `unpatch` undoes it.
+    The layers are compared with the original at the first forward (self_check.py).
     The language head of somebody else's trainer is replaced by `enable` only, since the trainer runs it.
 
     Attention that the model was given by another name than "sdpa", and attention with dropout, stays.
@@ -33,6 +34,7 @@ def patch(model: nn.Module, *, allow_untested: bool = False) -> Report:
     """
     installed(allow_untested)
     report = _prepare(model)
+    watch(decoder(causal_lm(model)))
     print(f"posttrain: {report}")
     return report
 
@@ -40,6 +42,7 @@ def patch(model: nn.Module, *, allow_untested: bool = False) -> Report:
 def unpatch(model: nn.Module) -> None:
     """Undo `patch`: every module of `model` gets its own class back, and the model the attention it had."""
     restore(model)
+    unwatch(decoder(causal_lm(model)))
 
 
 def attach(model: Any) -> None:
@@ -67,9 +70,10 @@ def detach() -> None:
     """Restore every model that `attach` has changed."""
     for causal in list(_attached):
         restore_loss(causal)
+        unwatch(decoder(causal))
     for causal in list(_prepared):
         restore(causal)
-    forget_checks()
+    forget_heads()
     _attached.clear()
     _prepared.clear()
 

@@ -36,9 +36,11 @@ from posttrain.models.trial import evaluating
 
 _TOKENS, _ROWS, _SLAB = 32, 8, 4096
 
-_layers: WeakKeyDictionary[nn.Module, set[tuple[Any, ...]]] = WeakKeyDictionary()  # what has been checked
+_layers: WeakKeyDictionary[nn.Module, set[tuple[Any, ...]]] = (
+    WeakKeyDictionary()
+)  # what has passed, or can't be checked
 _heads: set[tuple[Any, ...]] = set()
-_watches: list[Any] = []
+_watches: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 
 
 class Compared(NamedTuple):
@@ -51,18 +53,21 @@ class Compared(NamedTuple):
 
 
 def watch(body: nn.Module) -> None:
-    """Check the layers of a decoder at its first forward with our ops, until `forget_checks`."""
-    if body not in _layers:
-        _layers[body] = set()
-        _watches.append(body.register_forward_pre_hook(_at_first, with_kwargs=True))
+    """Check the layers of a decoder at its first forward with our ops, until `unwatch`, and those of its copies."""
+    if body not in _watches:
+        _watches[body] = body.register_forward_pre_hook(_at_first, with_kwargs=True)
 
 
-def forget_checks() -> None:
-    """Watch no decoder any longer, and check heads anew."""
-    for handle in _watches:
+def unwatch(body: nn.Module) -> None:
+    """Undo `watch`."""
+    handle = _watches.pop(body, None)
+    if handle is not None:
         handle.remove()
-    _watches.clear()
-    _layers.clear()
+    _layers.pop(body, None)
+
+
+def forget_heads() -> None:
+    """Check language heads anew."""
     _heads.clear()
 
 
@@ -73,6 +78,7 @@ def compute_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def check_head(
+    caller: str,
     found: Head,
     hidden: Tensor,
     targets: Tensor,
@@ -80,23 +86,25 @@ def check_head(
     ours: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
     original: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
 ) -> None:
-    """Compare (log p, entropy) of a few hidden states `[N, H]` and targets `[N]`, the first time for a head.
+    """Compare (log p, entropy) of a few hidden states `[N, H]` and targets `[N]`, once for a caller and such a head.
 
     Raises `ValueError` for a mismatch, with both distances from the truth.
     """
-    key = (tuple(found.weight.shape), hidden.dtype, found.bias is None, found.softcap, found.logit_scale)
+    rank = None if found.lora is None else len(found.lora[0])
+    cap = (found.softcap, found.logit_scale)
+    key = (caller, hidden.device, hidden.dtype, tuple(found.weight.shape), found.bias is None, rank, *cap)
     if torch.compiler.is_compiling() or key in _heads or not targets.numel():
         return
     valid = (targets != -100).nonzero()[:_ROWS, 0]
     if not len(valid):
         return
-    _heads.add(key)
     names = ("log-probabilities", "entropies", "gradients of hidden states")
     with torch.inference_mode(False):
         rows, wanted = hidden[valid].detach().clone(), targets[valid].clone()
         by_us, by_them = (_head_results(function, rows, wanted) for function in (ours, original))
         truth = _head_truth(found, rows, wanted, temperature)
     _judge("the language head", names, by_us, by_them, truth, hidden.dtype)
+    _heads.add(key)
 
 
 def _head_results(function: Callable[..., tuple[Tensor, Tensor]], rows: Tensor, targets: Tensor) -> list[Tensor]:
@@ -139,16 +147,17 @@ def _at_first(body: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         return
     classes = tuple(type(module) for module in layers[0].modules())
     dtype = compute_dtype(next(layers[0].parameters()))
-    if (dtype, classes) in _layers[body] or not any(issubclass(cls, Fused) for cls in classes):
+    checked = _layers.setdefault(body, set())
+    if (dtype, classes) in checked or not any(issubclass(cls, Fused) for cls in classes):
         return
-    _layers[body].add((dtype, classes))
     obstacle = _obstacle(layers[0])
     if obstacle is not None:
         count(f"self-check of layers left out: {obstacle}")
         say(f"posttrain: the self-check of {type(body).__name__}'s layers is left out: {obstacle}")
-        return
-    with torch.inference_mode(False), evaluating(body):
-        _check_layers(body, ids.clone(), dtype)
+    else:
+        with torch.inference_mode(False), evaluating(body):
+            _check_layers(body, ids.clone(), dtype)
+    checked.add((dtype, classes))
 
 
 def _sequences(ids: Any, mask: Any) -> Tensor | None:

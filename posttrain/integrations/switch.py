@@ -4,10 +4,11 @@ Hooks, and there are no others:
 
     transformers.PreTrainedModel.from_pretrained    a causal LM that it has loaded is prepared
     transformers.Trainer.__init__                   so is the model a trainer was given, with the adapters on it by then
+    transformers.Trainer.train, evaluate, predict   the same for a trainer that was made before `enable`
     transformers.Trainer.compute_loss               its model computes the loss without logits where only that counts,
     transformers.Trainer.prediction_step            and so in evaluation (trainer_steps.py)
     trl.trainer.utils                               the one place where TRL calls its language head
-    trl's SFT, DPO, KTO, GRPO and RLOO trainers     the methods that run models (trl_batches.py), when one is made
+    trl's SFT, DPO, KTO, GRPO and RLOO trainers     the methods that run models (trl_batches.py), when made or used
 
 On a CPU, TRL scores every position and masks the result, and on a GPU those that count; with our op it is the latter
 on both.
@@ -33,8 +34,8 @@ _undo: list[tuple[Any, str, Any]] = []  # owner, name, what it was
 def enable(*, allow_untested: bool = False) -> None:
     """Put our ops into what a script does with transformers, TRL and PEFT from here on, and print what was replaced.
 
-    Call it before models are loaded and trainers are made. Models made in another way get our ops when a trainer gets
-    them. A second call changes nothing.
+    Models get our ops when they are loaded, and those loaded before or made in another way when a trainer gets them
+    or is used. A second call changes nothing.
 
     Args:
         allow_untested: also hook versions of the libraries that weren't tested.
@@ -48,12 +49,11 @@ def enable(*, allow_untested: bool = False) -> None:
     forget()
     for library in versions:
         import_module(library)
-    say(f"posttrain is in {', '.join(f'{library} {number}' for library, number in versions.items())}:")
-    _hook_transformers()
-    say("  causal language models, when they are loaded or given to a trainer: norms, rotary, MLP, attention, LoRA")
-    say("  transformers' own Trainer: its loss by linear_logprob, padding left out, common prefixes computed once")
-    if "trl" in versions:
-        say(_hook_trl(versions["trl"]))
+    try:
+        _hook(versions)
+    except BaseException:
+        disable()
+        raise
 
 
 def disable() -> None:
@@ -65,6 +65,15 @@ def disable() -> None:
         owner, name, before = _undo.pop()
         setattr(owner, name, before)
     detach()
+
+
+def _hook(versions: dict[str, str]) -> None:
+    say(f"posttrain is in {', '.join(f'{library} {number}' for library, number in versions.items())}:")
+    _hook_transformers()
+    say("  causal language models, when they are loaded or given to a trainer: norms, rotary, MLP, attention, LoRA")
+    say("  transformers' own Trainer: its loss by linear_logprob, padding left out, common prefixes computed once")
+    if "trl" in versions:
+        say(_hook_trl(versions["trl"]))
 
 
 def _replace(owner: Any, name: str, new: Any) -> None:
@@ -80,6 +89,8 @@ def _hook_transformers() -> None:
     loading = vars(PreTrainedModel)["from_pretrained"].__func__
     _replace(PreTrainedModel, "from_pretrained", classmethod(_loading(loading)))
     _replace(Trainer, "__init__", _making(Trainer.__init__))
+    for name in ("train", "evaluate", "predict"):
+        _replace(Trainer, name, _using(vars(Trainer)[name]))
     ours = without_logits(Trainer.compute_loss)
     _replace(Trainer, "compute_loss", ours)
     evaluating = loss_without_logits(Trainer.prediction_step, lambda trainer: type(trainer).compute_loss is ours)
@@ -104,12 +115,30 @@ def _making(theirs: Callable[..., None]) -> Callable[..., None]:
         _hook_batches(type(self))
         theirs(self, *args, **kwargs)
         count("trainer made")
-        _refuse_parts_of_sequences(self.accelerator)
         if self.args.torch_compile:
             say("posttrain: under torch.compile batches keep their padding, and prefixes aren't shared")
-        attach(self.model)
+        _attach_models(self)
 
     return __init__
+
+
+def _using(theirs: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of a trainer that may have been made without our hooks."""
+
+    @wraps(theirs)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        _hook_batches(type(self))
+        _attach_models(self)
+        return theirs(self, *args, **kwargs)
+
+    return method
+
+
+def _attach_models(trainer: Any) -> None:
+    _refuse_parts_of_sequences(trainer.accelerator)
+    for model in (trainer.model, getattr(trainer, "ref_model", None)):
+        if model is not None:
+            attach(trainer.accelerator.unwrap_model(model, keep_torch_compile=False))
 
 
 def _refuse_parts_of_sequences(accelerator: Any) -> None:

@@ -87,7 +87,7 @@ class LanguageHead:
             arguments = (temperature, chunk_size, softcap, logit_scale, wanted)
             return self.theirs(rows, found.weight, found.bias, targets, *arguments)[:2]  # type: ignore[return-value]
 
-        check_head(found, hidden, targets, temperature, ours, theirs)
+        check_head("TRL", found, hidden, targets, temperature, ours, theirs)
 
 
 class PairHead(LanguageHead):

@@ -40,7 +40,7 @@ COMMON = {
     "train_sampling_strategy": "sequential",
 }
 HOOKS = ((PreTrainedModel, "from_pretrained"), (Trainer, "__init__"), (utils, "_ChunkedLogProbFunction"))
-HOOKS = (*HOOKS, (Trainer, "compute_loss"), (Trainer, "prediction_step"))
+HOOKS = (*HOOKS, *((Trainer, name) for name in ("compute_loss", "prediction_step", "train", "evaluate", "predict")))
 if hasattr(utils, "_use_triton"):  # since TRL 1.16
     HOOKS = (*HOOKS, (utils, "_use_triton"))
 
@@ -185,6 +185,18 @@ def test_an_untested_version_raises_and_replaces_nothing(monkeypatch):
     assert hooks() == before
 
 
+def test_a_failure_half_way_leaves_no_hooks(monkeypatch):
+    def fails(theirs):
+        raise RuntimeError("half way")
+
+    before = hooks()
+    monkeypatch.setattr("posttrain.integrations.switch.language_head", fails)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="half way"):
+            posttrain.enable()
+        assert hooks() == before
+
+
 def test_models_that_were_prepared_by_hand_stay_so(model_dir):
     model = AutoModelForCausalLM.from_pretrained(model_dir)
     prepare(model)
@@ -214,6 +226,51 @@ def test_a_model_made_from_a_configuration_gets_our_ops_with_its_trainer(enabled
     assert is_prepared(model)
     assert counters() == {"trainer made": 1, "model prepared": 1}
     posttrain.disable()
+    assert not is_prepared(model)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("when", ["late", "again"])
+def test_a_trainer_that_exists_gets_our_ops_when_it_is_used(model_dir, rows, tmp_path, when):
+    from datasets import Dataset
+
+    if when == "again":
+        posttrain.enable()
+    models = [AutoModelForCausalLM.from_pretrained(model_dir) for _ in range(2)]
+    settings = {"max_steps": 1, **OFFLINE}
+    trainer = trl.DPOTrainer(
+        *models,
+        args=trl.DPOConfig(output_dir=str(tmp_path), **{**COMMON, **settings}),
+        train_dataset=Dataset.from_list(rows[:4]),
+        processing_class=AutoTokenizer.from_pretrained(model_dir),
+    )
+    posttrain.disable()
+    assert not any(map(is_prepared, models))
+    posttrain.enable()
+    try:
+        trainer.train()
+        fired = counters()
+        assert all(map(is_prepared, models))
+    finally:
+        posttrain.disable()
+    assert fired["model prepared"] == 2 and fired["language head by linear_logprob"] >= 1
+    assert fired["batch with shared prefixes"] >= 1
+    assert not any(map(is_prepared, models))
+
+
+@pytest.mark.parametrize("use", ["train", "evaluate", "predict"])
+def test_transformers_own_trainer_that_exists(use, tmp_path):
+    model, ids = tiny("llama"), list(range(3, 23))
+    args = TrainingArguments(output_dir=str(tmp_path), **{**COMMON, "max_steps": 1}, prediction_loss_only=True)
+    rows = [{"input_ids": ids, "labels": ids}] * 4
+    trainer = Trainer(model=model, args=args, train_dataset=rows, eval_dataset=rows)
+    posttrain.enable()
+    try:
+        trainer.predict(rows) if use == "predict" else getattr(trainer, use)()
+        assert is_prepared(model)
+        assert counters()["model prepared"] == 1 and counters()["batch with shared prefixes"] >= 1
+    finally:
+        posttrain.disable()
     assert not is_prepared(model)
 
 
