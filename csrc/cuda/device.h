@@ -1,5 +1,5 @@
 // Everything of CUDA that kernels use: the only such header that they include. A C++ compiler gets cuda/emulation.h in
-// CUDA's place, so inline PTX and what else only a GPU has stands behind #ifdef __CUDA_ARCH__, with a plain path beside.
+// CUDA's place, so inline PTX and what else only a GPU has stands behind #ifdef __CUDA_ARCH__, a plain path beside.
 #pragma once
 
 #include <cstdint>
@@ -26,35 +26,18 @@ inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Starts a kernel; a grid without blocks is none. No allocation and no wait, so that a graph can capture it.
 template <class... Parameters, class... Arguments>
-int launch(void (*kernel)(Parameters...), Extent grid, Extent block, size_t shared_bytes, void* stream,
-           Arguments... arguments) {
+int launch(void (*kernel)(Parameters...), Extent grid, Extent block, void* stream, Arguments... arguments) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return cudaSuccess;
   if (grid.x < 0 || grid.x > INT32_MAX || grid.y < 0 || grid.y > 65535 || grid.z < 0 || grid.z > 65535)
     return cudaErrorInvalidConfiguration;
   const dim3 blocks(grid.x, grid.y, grid.z), threads(block.x, block.y, block.z);
 #ifdef __CUDACC__
-  if (shared_bytes > 48 << 10) {
-    const cudaError_t status =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-    if (status != cudaSuccess) return status;
-  }
-  kernel<<<blocks, threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
+  kernel<<<blocks, threads, 0, static_cast<cudaStream_t>(stream)>>>(arguments...);
   return cudaGetLastError();
 #else
   (void)stream;
   const std::tuple<Parameters...> parameters(arguments...);
-  return emulation::run(blocks, threads, shared_bytes, [&] { std::apply(kernel, parameters); });
-#endif
-}
-
-// The block's dynamic shared memory, 16-byte aligned; launch says how many bytes.
-template <class T>
-__device__ T* dynamic_shared() {
-#ifdef __CUDACC__
-  extern __shared__ uint4 posttrain_dynamic_shared[];
-  return reinterpret_cast<T*>(posttrain_dynamic_shared);
-#else
-  return static_cast<T*>(emulation::shared_bytes_of_block());
+  return emulation::run(blocks, threads, [&] { std::apply(kernel, parameters); });
 #endif
 }
 

@@ -63,10 +63,9 @@ uint64_t meet(unsigned mask, uint64_t value, int source, Place place);
 
 int lane();
 unsigned live_lanes();
-void* shared_bytes_of_block();
 
 // Runs `thread` for every thread of every block: cudaSuccess, or what a GPU's runtime might say.
-int run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& thread);
+int run(dim3 grid, dim3 block, const std::function<void()>& thread);
 
 // What a status means; of a launch that failed, the message.
 const char* describe(int status);

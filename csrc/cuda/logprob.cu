@@ -213,7 +213,7 @@ __global__ void __launch_bounds__(kThreads)
   const float g = grad_logprob ? grad_logprob[i] : 0.0f, g_lse = grad_lse ? grad_lse[i] : 0.0f;
   const float g_entropy = grad_entropy ? grad_entropy[i] : 0.0f, h = grad_entropy ? entropy[i] : 0.0f;
   const float high = lse[i], low = lse_low[i], log_p_target = logprob[i];
-    const auto uncertainty = [=](float log_p, float p) { return p > 0.0f ? p * g_entropy * (log_p + h) : 0.0f; };
+  const auto uncertainty = [=](float log_p, float p) { return p > 0.0f ? p * g_entropy * (log_p + h) : 0.0f; };
   const float p_target = expf(log_p_target);
   const float dz_target = p_target * g_lse - g * expm1f(log_p_target) - uncertainty(log_p_target, p_target);
   Part z;
@@ -250,9 +250,9 @@ int logprob_fold(void* stream, int dtype, float* tile, int64_t stride, int64_t r
                  float* top, float* s, float* t, float* z_target, float* unit, int64_t width) {
   if (cols > kLogprobColumns) return cudaErrorInvalidValue;
   return by_variant(dtype, transform.softcap, [=](auto element, auto capped) {
-    return launch(fold_kernel<decltype(element), capped>, rows, kThreads, 0, stream, tile, stride, int(cols),
-                  takes_fours(tile, stride, cols, bias), first_column, targets, bias, Transform(transform), m, top, s, t,
-                  z_target, unit, width);
+    return launch(fold_kernel<decltype(element), capped>, rows, kThreads, stream, tile, stride, int(cols),
+                  takes_fours(tile, stride, cols, bias), first_column, targets, bias, Transform(transform), m, top, s,
+                  t, z_target, unit, width);
   });
 }
 
@@ -262,7 +262,7 @@ int logprob_grad(void* stream, int dtype, float* tile, int64_t stride, int64_t r
                  const float* grad_logprob, const float* grad_entropy, const float* grad_lse) {
   if (cols > kLogprobColumns) return cudaErrorInvalidValue;
   return by_variant(dtype, transform.softcap, [=](auto element, auto capped) {
-    return launch(grad_kernel<decltype(element), capped>, rows, kThreads, 0, stream, tile, stride, int(cols),
+    return launch(grad_kernel<decltype(element), capped>, rows, kThreads, stream, tile, stride, int(cols),
                   takes_fours(tile, stride, cols, bias), first_column, targets, bias, Transform(transform),
                   transform.scale * transform.inverse_temperature, logprob, entropy, lse, lse_low, grad_logprob,
                   grad_entropy, grad_lse);

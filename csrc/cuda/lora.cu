@@ -171,7 +171,7 @@ Extent grid_of(int64_t columns, int64_t per_block, int64_t rows, int64_t adapter
 template <class T, class P>
 int start_expand(void* stream, const float* u, const void* b, int64_t adapters, int64_t ranks, const int64_t* adapter,
                  void* y, int64_t stride, int64_t rows, int64_t height) {
-  return launch(expand_kernel<T, P>, grid_of(height, kColumns, rows, adapters), kColumns, 0, stream, u,
+  return launch(expand_kernel<T, P>, grid_of(height, kColumns, rows, adapters), kColumns, stream, u,
                 static_cast<const P*>(b), ranks, adapter, static_cast<T*>(y), stride, rows, height);
 }
 
@@ -184,7 +184,7 @@ int lora_shrink(void* stream, const void* x, int dtype, int64_t stride, int64_t 
     using T = decltype(type);
     const Batch<T> batch = {static_cast<const T*>(x), stride, rows, width, adapter};
     const auto start = [=](auto kernel, int64_t ranks_of_block, int threads, auto* factor) {
-      return launch(kernel, grid_of(ranks, ranks_of_block, rows, adapters), threads, 0, stream, batch, factor, ranks,
+      return launch(kernel, grid_of(ranks, ranks_of_block, rows, adapters), threads, stream, batch, factor, ranks,
                     scale, u);
     };
     if constexpr (sizeof(T) == 2)
@@ -208,7 +208,7 @@ int lora_outer(void* stream, const float* v, int64_t ranks, const void* x, int d
   return by_dtype(dtype, [=](auto type) {
     using T = decltype(type);
     const Extent grid = {divide_up(width, kColumns), divide_up(ranks, kRows), adapters};
-    return launch(outer_kernel<T>, grid, kColumns, 0, stream, v, ranks,
+    return launch(outer_kernel<T>, grid, kColumns, stream, v, ranks,
                   Batch<T>{static_cast<const T*>(x), stride, rows, width, adapter}, grad);
   });
 }

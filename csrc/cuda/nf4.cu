@@ -418,13 +418,13 @@ LowRank<P> typed(const Nf4Adapter& adapter) {
 template <class T, class P>
 int start_matvec(void* stream, const Nf4& w, const Product<T>& product, const Nf4Adapter& adapter) {
   const int64_t blocks = divide_up(product.height, kTile) + divide_up(adapter.ranks, 8);
-  return launch(matvec_kernel<T, P>, blocks, kThreads, 0, stream, w, log2_of(w.block), product, typed<P>(adapter));
+  return launch(matvec_kernel<T, P>, blocks, kThreads, stream, w, log2_of(w.block), product, typed<P>(adapter));
 }
 
 template <int kUnit, class T>
 int start_plain_matvec(void* stream, const Nf4& w, const Product<T>& product, const Nf4Adapter& adapter) {
   const int64_t blocks = divide_up(product.height, kPlainWarps) + divide_up(adapter.ranks, kPlainWarps);
-  return launch(plain_matvec_kernel<kUnit, T>, blocks, 32 * kPlainWarps, 0, stream, w, log2_of(w.block), product,
+  return launch(plain_matvec_kernel<kUnit, T>, blocks, 32 * kPlainWarps, stream, w, log2_of(w.block), product,
                 typed<float>(adapter));
 }
 
@@ -440,7 +440,7 @@ int nf4_dequantize(void* stream, Nf4 w, int64_t first, int64_t count, int dtype,
   const int64_t words = (first + count - 1) / 8 - first / 8 + 1;
   return by_dtype(dtype, [=](auto type) {
     using T = decltype(type);
-    return launch(dequantize_kernel<T>, divide_up(words, kWordsTogether * kDequantizeThreads), kDequantizeThreads, 0,
+    return launch(dequantize_kernel<T>, divide_up(words, kWordsTogether * kDequantizeThreads), kDequantizeThreads,
                   stream, w, log2_of(w.block), first, count, static_cast<T*>(out));
   });
 }

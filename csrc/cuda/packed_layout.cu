@@ -1,9 +1,10 @@
-// Layouts of packed tokens made on a GPU, integer for integer what posttrain/ops/layout.py makes elsewhere: two launches
-// expand a forest, two more describe its blocks, nothing waits for the device.
+// Layouts of packed tokens made on a GPU, integer for integer what posttrain/ops/layout.py makes elsewhere: two
+// launches expand a forest, two more describe its blocks, nothing waits for the device.
 //
 // Segments are in depth-first order. So what ends with segment i is i and those ancestors of it that don't continue,
-// up to the parent of i + 1: each segment is in one such chain, whose end is the end of its subtree; and the position at
-// which i + 1 starts is where i ends, less the tokens of the chain. One sum over the segments then gives all positions.
+// up to the parent of i + 1: each segment is in one such chain, whose end is the end of its subtree; and the position
+// at which i + 1 starts is where i ends, less the tokens of the chain. One sum over the segments then gives all
+// positions.
 //
 // A token starts a tree where no key before it is visible to it. Within a block of 32 tokens the last token that no key
 // of the block before it reaches is the last to start a tree, if no key before the block reaches it, else none does. So
@@ -98,7 +99,8 @@ __global__ void __launch_bounds__(kThreads)
 
 // The rows of a schedule but tree_start, which becomes the last token that no key of its block before it reaches.
 __global__ void __launch_bounds__(kThreads)
-    blocks_kernel(const int32_t* visible_until, const int32_t* positions, int tokens, int64_t blocks, int32_t* schedule) {
+    blocks_kernel(const int32_t* visible_until, const int32_t* positions, int tokens, int64_t blocks,
+                  int32_t* schedule) {
   const int64_t token = int64_t(blockIdx.x) * kThreads + threadIdx.x, block = token / kBlock;
   if (block >= blocks) return;
   const int lane = threadIdx.x % 32;
@@ -139,19 +141,19 @@ int layout_expand(void* stream, const int32_t* lengths, const int32_t* parents, 
   if (tokens == 0) return cudaSuccess;
   int32_t *start = workspace, *until = start + segments, *position = until + segments;
   const int status =
-      launch(segments_kernel, 1, kScan, 0, stream, lengths, parents, int(segments), start, until, position);
+      launch(segments_kernel, 1, kScan, stream, lengths, parents, int(segments), start, until, position);
   if (status != cudaSuccess) return status;
-  return launch(expand_kernel, divide_up(tokens, kThreads), kThreads, 0, stream, start, until, position, int(segments),
+  return launch(expand_kernel, divide_up(tokens, kThreads), kThreads, stream, start, until, position, int(segments),
                 int(tokens), visible_until, positions);
 }
 
 int layout_schedule(void* stream, const int32_t* visible_until, const int32_t* positions, int64_t tokens,
                     int32_t* schedule, int64_t blocks) {
   if (blocks == 0) return cudaSuccess;
-  const int status = launch(blocks_kernel, divide_up(blocks * kBlock, kThreads), kThreads, 0, stream, visible_until,
+  const int status = launch(blocks_kernel, divide_up(blocks * kBlock, kThreads), kThreads, stream, visible_until,
                             positions, int(tokens), blocks, schedule);
   if (status != cudaSuccess) return status;
-  return launch(trees_kernel, 1, kScan, 0, stream, schedule, schedule + 3 * blocks, blocks);
+  return launch(trees_kernel, 1, kScan, stream, schedule, schedule + 3 * blocks, blocks);
 }
 
 }  // namespace posttrain::cuda

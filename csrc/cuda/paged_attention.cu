@@ -1,4 +1,4 @@
-// Decoding over a paged cache on a GPU: one query for each sequence (posttrain/ops/paged_attention.py has the formulas).
+// Decoding over a paged cache on a GPU: one query for each sequence (formulas: posttrain/ops/paged_attention.py).
 //
 // A block owns kSplit keys of one key head, at fixed positions. Its rows are the query heads of that key head, of one
 // sequence or of some that follow each other in the batch and have the same pages there, as completions of a prompt do:
@@ -32,8 +32,8 @@ struct Lane {
 
 __device__ unsigned word(uint4 v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
 
-// kStep keys or values of a sequence under one key head, from `first` on, which is a multiple of kStep; those from `end`
-// on are not read and count as zeros. Eight of them lie in one page.
+// kStep keys or values of a sequence under one key head, from `first` on, which is a multiple of kStep; those from
+// `end` on are not read and count as zeros. Eight of them lie in one page.
 template <class T>
 struct Lines {
   const T* page[2];
@@ -80,7 +80,7 @@ __device__ void multiply_keys(const Lines<T>& keys, const T* row, int tiles, int
 
 template <int kLine, int kTiles>
 __device__ void multiply_float_keys(const Lines<float>& keys, const float* row, int tiles, int width,
-                              float (&s)[kTiles][2][4], Lane at) {
+                                    float (&s)[kTiles][2][4], Lane at) {
 #pragma unroll 1
   for (int d = 0; d < width; d += 4) {
     float4 k[2][2];
@@ -139,7 +139,7 @@ __device__ void add_values(const Lines<T>& values, const float (&p)[kTiles][2][4
 
 template <int kWidth, int kTiles>
 __device__ void add_float_values(const Lines<float>& values, const float (&p)[kTiles][2][4], int tiles, int width,
-                           float (&sum)[kTiles][kWidth / 8][4], Lane at) {
+                                 float (&sum)[kTiles][kWidth / 8][4], Lane at) {
 #pragma unroll 1
   for (int c = 0; c < 4; ++c)
 #pragma unroll
@@ -209,7 +209,8 @@ struct State {
 
   // Turns the products of tile t with the keys from `first` on into weights, of which those below low[r] and from `end`
   // on are 0.
-  __device__ void weigh(const PagedDecode& f, int t, float (&s)[2][4], const int (&low)[2], int first, int end, Lane at) {
+  __device__ void weigh(const PagedDecode& f, int t, float (&s)[2][4], const int (&low)[2], int first, int end,
+                        Lane at) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       float most = top[t][r];
@@ -397,10 +398,10 @@ template <class T, int kWidth>
 int decode(void* stream, const PagedDecode& f, void* out) {
   const int64_t pieces = divide_up(f.heads / f.key_heads, 16 * kTilesOf<T, kWidth>);
   const Extent grid(f.sequences, f.key_heads * pieces, f.splits);
-  const int status = launch(attend_kernel<T, kWidth>, grid, kThreads, 0, stream, f);
+  const int status = launch(attend_kernel<T, kWidth>, grid, kThreads, stream, f);
   if (status != cudaSuccess) return status;
   const int64_t rows = int64_t(f.sequences) * f.heads;
-  return launch(combine_kernel<T>, divide_up(rows, kWarps), kThreads, 0, stream, f, static_cast<T*>(out));
+  return launch(combine_kernel<T>, divide_up(rows, kWarps), kThreads, stream, f, static_cast<T*>(out));
 }
 
 }  // namespace

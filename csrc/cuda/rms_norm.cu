@@ -92,7 +92,7 @@ template <int N, class T, class W>
 int norm_in_packs(void* stream, const T* x, const T* residual, const W* weight, T* y, T* total, float* rstd,
                   int64_t rows, int64_t width, float eps) {
   const int64_t warps = divide_up(width, 64 * N), most = kMostThreads / 32;
-  return launch(norm_kernel<T, W, N>, rows, 32 * (warps < most ? warps : most), 0, stream, x, residual, weight, y,
+  return launch(norm_kernel<T, W, N>, rows, 32 * (warps < most ? warps : most), stream, x, residual, weight, y,
                 total, rstd, width, eps);
 }
 

@@ -48,7 +48,7 @@ template <int N, class T, class A>
 int turn_in_packs(void* stream, HeadRows q, HeadRows k, HeadRows v, const A* cos, const A* sin, const int64_t* slots,
                   int64_t tokens, int64_t width, int64_t half, T* q_out, T* keys, T* values) {
   const int64_t threads = (q.heads + k.heads + v.heads) * ((width - half) / N);
-  return launch(rope_cache_kernel<T, A, N>, Extent(tokens, divide_up(threads, kThreads)), kThreads, 0, stream, q, k, v,
+  return launch(rope_cache_kernel<T, A, N>, Extent(tokens, divide_up(threads, kThreads)), kThreads, stream, q, k, v,
                 cos, sin, slots, static_cast<int>(width), static_cast<int>(half), q_out, keys, values);
 }
 

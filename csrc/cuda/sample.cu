@@ -200,7 +200,8 @@ __device__ uint32_t kth_largest(int64_t k, Each each) {
     if (threadIdx.x < 256) counts[threadIdx.x] = 0;
     __syncthreads();
     each([&](uint32_t number) {
-      if (uint64_t{number} >> (shift + 8) == uint64_t{found} >> (shift + 8)) atomicAdd(counts + (number >> shift) % 256, 1);
+      if (uint64_t{number} >> (shift + 8) != uint64_t{found} >> (shift + 8)) return;
+      atomicAdd(counts + (number >> shift) % 256, 1);
     });
     __syncthreads();
     if (threadIdx.x < 32) {  // a lane has 8 digits, lane 0 the largest
@@ -349,9 +350,9 @@ int sample(void* stream, int dtype, const void* logits, int64_t stride, int64_t 
     const int count = parts_of(size), vocabulary = static_cast<int>(size);
     const Extent grid(rows, divide_up(count, kPartThreads / 32));
     const int status =
-        launch(parts_kernel<T>, grid, kPartThreads, 0, stream, own, stride, vocabulary, parameters, parts, count);
+        launch(parts_kernel<T>, grid, kPartThreads, stream, own, stride, vocabulary, parameters, parts, count);
     if (status != cudaSuccess) return status;
-    return launch(rows_kernel<T>, rows, kRowThreads, 0, stream, own, stride, vocabulary, parameters, parts, count,
+    return launch(rows_kernel<T>, rows, kRowThreads, stream, own, stride, vocabulary, parameters, parts, count,
                   tokens, logprobs);
   });
 }

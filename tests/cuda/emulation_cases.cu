@@ -56,10 +56,8 @@ __global__ void atomics(int* out, float* total) {
 
 __global__ void unwritten(float* out) {
   __shared__ float shared[32];
-  float* dynamic = dynamic_shared<float>();
-  out[2 * blockIdx.x] = shared[threadIdx.x];
-  out[2 * blockIdx.x + 1] = dynamic[threadIdx.x];
-  shared[threadIdx.x] = dynamic[threadIdx.x] = 1;
+  out[blockIdx.x] = shared[threadIdx.x];
+  shared[threadIdx.x] = 1;
 }
 
 __global__ void order(int* out, int* count) { out[atomicAdd(count, 1)] = int(blockIdx.x * 2 + threadIdx.x); }
@@ -100,8 +98,6 @@ __global__ void beyond_shared(int index) {
   shared[index + threadIdx.x] = 1;
 }
 
-__global__ void beyond_dynamic(int index) { dynamic_shared<float>()[index] = 1; }
-
 template <class T>
 void row(const char* name, const std::vector<T>& values) {
   std::printf("%s:", name);
@@ -113,23 +109,23 @@ void status(const char* name, int code) { std::printf("%s: %d %s\n", name, code,
 
 void right_ones() {
   std::vector<int> ints(192);
-  launch(shuffles, 1, 32, 0, nullptr, ints.data());
+  launch(shuffles, 1, 32, nullptr, ints.data());
   row("shuffles", ints);
   ints.assign(32, -1);
-  status("halves", launch(halves, 1, 32, 0, nullptr, ints.data()));
+  status("halves", launch(halves, 1, 32, nullptr, ints.data()));
   row("halves", ints);
   std::vector<float> floats(3);
-  launch(sums, 3, 96, 0, nullptr, floats.data());
+  launch(sums, 3, 96, nullptr, floats.data());
   row("sums", floats);
   floats.assign(40, 0);
-  launch(part_of_a_warp, 1, 40, 0, nullptr, floats.data());
+  launch(part_of_a_warp, 1, 40, nullptr, floats.data());
   row("part_of_a_warp", floats);
   ints.assign(3, 0), floats.assign(1, 0);
-  launch(atomics, Extent(2, 2), Extent(16, 2), 0, nullptr, ints.data(), floats.data());
+  launch(atomics, Extent(2, 2), Extent(16, 2), nullptr, ints.data(), floats.data());
   row("atomics", ints), row("atomics", floats);
   ints.assign(8, 0);
   int count = 0;
-  launch(order, 4, 2, 0, nullptr, ints.data(), &count);
+  launch(order, 4, 2, nullptr, ints.data(), &count);
   row("order", ints);
   std::vector<float> halves_of = {65519.0f, 65520.0f, 1.00048828125f, 1.00146484375f, 6e-8f, -0.0f};
   for (float& x : halves_of) x = __half(x);
@@ -141,23 +137,20 @@ void right_ones() {
 
 void wrong_ones() {
   alignas(16) float floats[64];
-  launch(unwritten, 2, 1, 4, nullptr, floats);
-  row("unwritten", std::vector<float>(floats, floats + 4));
-  launch(without_barrier, 1, 2, 0, nullptr, floats);
+  launch(unwritten, 2, 1, nullptr, floats);
+  row("unwritten", std::vector<float>(floats, floats + 2));
+  launch(without_barrier, 1, 2, nullptr, floats);
   row("without_barrier", std::vector<float>(floats, floats + 2));
-  status("barrier_in_a_branch", launch(barrier_in_a_branch, 2, 64, 0, nullptr, 0));
-  status("absent_lane", launch(absent_lane, 1, 64, 0, nullptr, 0));
-  status("wrong_mask", launch(wrong_mask, 1, 32, 0, nullptr, 0));
-  status("other_lines", launch(other_lines, 1, 32, 0, nullptr, 0));
-  status("misaligned", launch(misaligned, 1, 1, 0, nullptr, floats));
-  status("beyond_shared", launch(beyond_shared, 1, 4, 0, nullptr, 5));
-  status("within_shared", launch(beyond_shared, 1, 4, 0, nullptr, 4));
-  status("beyond_dynamic", launch(beyond_dynamic, 1, 1, 16, nullptr, 4));
-  status("within_dynamic", launch(beyond_dynamic, 1, 1, 16, nullptr, 3));
-  status("empty_grid", launch(beyond_shared, 0, 32, 0, nullptr, 0));
-  status("large_block", launch(beyond_shared, 1, 1056, 0, nullptr, 0));
-  status("large_grid", launch(beyond_shared, Extent(1, 65536), 32, 0, nullptr, 0));
-  status("much_shared", launch(beyond_shared, 1, 32, 100 << 10, nullptr, 0));
+  status("barrier_in_a_branch", launch(barrier_in_a_branch, 2, 64, nullptr, 0));
+  status("absent_lane", launch(absent_lane, 1, 64, nullptr, 0));
+  status("wrong_mask", launch(wrong_mask, 1, 32, nullptr, 0));
+  status("other_lines", launch(other_lines, 1, 32, nullptr, 0));
+  status("misaligned", launch(misaligned, 1, 1, nullptr, floats));
+  status("beyond_shared", launch(beyond_shared, 1, 4, nullptr, 5));
+  status("within_shared", launch(beyond_shared, 1, 4, nullptr, 4));
+  status("empty_grid", launch(beyond_shared, 0, 32, nullptr, 0));
+  status("large_block", launch(beyond_shared, 1, 1056, nullptr, 0));
+  status("large_grid", launch(beyond_shared, Extent(1, 65536), 32, nullptr, 0));
 }
 
 int main(int count, char**) {

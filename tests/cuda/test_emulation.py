@@ -77,7 +77,7 @@ def test_order_of_blocks_and_threads(results):
 
 
 def test_shared_memory_is_unwritten_before_each_block(results):
-    assert re.fullmatch(r"(-?nan ?){4}", *results["unwritten"])
+    assert re.fullmatch(r"(-?nan ?){2}", *results["unwritten"])
 
 
 def test_a_missing_barrier_shows_in_one_of_the_orders(results):
@@ -97,16 +97,14 @@ def test_a_missing_barrier_shows_in_one_of_the_orders(results):
         ("other_lines", r"never come: 16 for a warp's meeting at \S*:\d+; 16 for a warp's meeting at"),
         ("misaligned", r"misaligned address 0x\w+ for an access that wants 16 bytes aligned"),
         ("beyond_shared", r"cases.cu:\d+: index 8 is out of the array's bounds"),
-        ("beyond_dynamic", r"wrote beyond the 16 bytes of dynamic shared memory"),
         ("large_block", r"9 invalid configuration argument"),
         ("large_grid", r"9 invalid configuration argument"),
-        ("much_shared", r"1 invalid argument"),
     ],
 )
 def test_what_is_wrong_is_said(results, name, message):
     assert re.search(message, *results[name])
 
 
-@pytest.mark.parametrize("name", ["within_shared", "within_dynamic", "empty_grid"])
+@pytest.mark.parametrize("name", ["within_shared", "empty_grid"])
 def test_what_is_right_passes_after_failures(results, name):
     assert results[name] == ["0 no error"]
