@@ -22,7 +22,7 @@ struct LogitTransform {
   float scale, softcap, inverse_temperature;
 };
 
-// cpu/kernels.h has the contracts of both, for float32 tiles of at most kLogprobColumns columns; with these differences.
+// cpu/kernels.h has the contracts of both, for float32 tiles of at most kLogprobColumns columns, with differences.
 // The fold leaves the tile as it is if `unit` is null. What is written takes the tile's place, row by row, rounded to
 // `dtype` (float32 or bfloat16): a row of bfloat16 fills the first half of its row.
 constexpr int64_t kLogprobColumns = 2048;
@@ -51,12 +51,12 @@ int64_t sample_workspace(int64_t rows, int64_t size);
 int sample(void* stream, int dtype, const void* logits, int64_t stride, int64_t rows, int64_t size,
            SampleRows parameters, void* workspace, int64_t* tokens, float* logprobs);
 
-// rms_norm.cu: the forward of posttrain/ops/rms_norm.py; `residual` and `total` may be null. The weight is float32 if it
-// is wide, else of `dtype`.
+// rms_norm.cu: the forward of posttrain/ops/rms_norm.py; `residual` and `total` may be null. The weight is float32 if
+// it is wide, else of `dtype`.
 int rms_norm(void* stream, int dtype, bool wide_weight, const void* x, const void* residual, const void* weight,
              void* y, void* total, float* rstd, int64_t rows, int64_t width, float eps);
 
-// rope_cache.cu: posttrain/ops/rope_cache.py has the contract; cos and sin are float32 if they are wide, else of `dtype`.
+// rope_cache.cu: posttrain/ops/rope_cache.py has the contract; cos and sin are float32 if wide, else of `dtype`.
 
 // Heads of each token, contiguous rows; strides are in elements.
 struct HeadRows {
@@ -84,14 +84,14 @@ struct Nf4Adapter {
   int* counters;  // 3 zeros, and zeros again afterwards
 };
 
-// y = base + x W^T + the adapter's part for up to 16 rows; base [rows, N], or [N] with a stride of 0, or null, may be y.
-// `spans` for half precision with K and blocks of multiples of 64, x and A 16-byte and packed 8-byte aligned; without
-// it the adapter is float32.
+// y = base + x W^T + the adapter's part for up to 16 rows; base [rows, N], or [N] with a stride of 0, or null, may be
+// y. `spans` for half precision with K and blocks of multiples of 64, x and A 16-byte and packed 8-byte aligned;
+// without it the adapter is float32.
 int nf4_matvec(void* stream, Nf4 w, const void* x, int dtype, int64_t rows, int64_t width, int64_t height,
                const void* base, int64_t base_stride, void* y, int64_t y_stride, Nf4Adapter adapter, bool spans);
 
-// lora.cu: rows [rows, ...] name one of `adapters`, or -1 for none, with A [adapters, ranks, width], B [adapters, height,
-// ranks], u and v [rows, ranks]. Rows without an adapter are left as they are.
+// lora.cu: rows [rows, ...] name one of `adapters`, or -1 for none, with A [adapters, ranks, width], B [adapters,
+// height, ranks], u and v [rows, ranks]. Rows without an adapter are left as they are.
 
 // u = scale[adapter] x A^T. A has the dtype of x if that is half precision and the width a multiple of 64, or float32.
 // Where the width is a multiple of 8, x and A are 16-byte aligned and the stride is a multiple of 8.

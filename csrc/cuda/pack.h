@@ -1,5 +1,5 @@
-// N elements that lie on a multiple of their common size, or of 16 bytes if that is less: as few loads or stores as hold
-// them, one up to 16 bytes. N = 1 is the way for rows of any width and place.
+// N elements that lie on a multiple of their common size, or of 16 bytes if that is less: as few loads or stores as
+// hold them, one up to 16 bytes. N = 1 is the way for rows of any width and place.
 #pragma once
 
 #include "cuda/device.h"
