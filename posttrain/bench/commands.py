@@ -101,7 +101,7 @@ def _compare(names: list[str]) -> int:
     except ResultError as error:
         raise ConfigError(str(error)) from error
     print(changes.text())
-    return 1 if changes.worse else 0
+    return 1 if changes.worse or changes.failed else 0
 
 
 def _report(folders: list[str], out: str | None, readme: str | None) -> int:

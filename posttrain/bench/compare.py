@@ -3,13 +3,13 @@
 On a GPU the seconds of our functions are compared. On a CPU, which a run shares with whatever else the machine does,
 it is their speed in times of plain PyTorch, measured in turns in the same run. A change counts if the medians differ by
 more than `LEAST` and the ranges from the 20th to the 80th percentile don't touch. Peak memory counts as more if it grew
-by more than `LEAST` and by a megabyte.
+by more than `LEAST` and by a megabyte. A case that is wrong or fails now counts as worse.
 """
 
 from dataclasses import dataclass
 
 from posttrain.bench.interleave import Spread
-from posttrain.bench.measure import OURS
+from posttrain.bench.measure import OURS, PLAIN
 from posttrain.bench.results import Key, ResultError, Run
 
 LEAST = {True: 0.05, False: 0.25}  # on a GPU, on a CPU
@@ -30,19 +30,33 @@ class Change:
 
 @dataclass(frozen=True)
 class Changes:
-    """What is worse and better in the second run, and how many figures both have."""
+    """What became of the first run's figures in the second.
+
+    Attributes:
+        worse, better: figures that changed.
+        compared: how many figures both have.
+        failed: cases that have no figures because they are wrong or fail, and why.
+        lost: other figures that are missing, and why if that is known.
+        not_run: ops that the second run leaves out.
+    """
 
     worse: list[Change]
     better: list[Change]
     compared: int
-    lost: list[Key]
+    failed: dict[str, str]
+    lost: dict[Key, str | None]
+    not_run: list[str]
 
     def text(self) -> str:
         """One line for each change, and a summary."""
-        lines = [f"worse: {change}" for change in self.worse] + [f"better: {change}" for change in self.better]
-        lines += [f"gone: {key}" for key in self.lost]
+        lines = [f"worse: {case} has no figure: {why}" for case, why in self.failed.items()]
+        lines += [f"worse: {change}" for change in self.worse] + [f"better: {change}" for change in self.better]
+        lines += [f"gone: {key}" + (f": {why}" if why else "") for key, why in self.lost.items()]
+        lines += [f"not run: {', '.join(self.not_run)}"] if self.not_run else []
         rest = self.compared - len({change.key for change in (*self.worse, *self.better)})
-        return "\n".join([*lines, f"{len(self.worse)} worse, {len(self.better)} better, {rest} as before"])
+        return "\n".join(
+            [*lines, f"{len(self.worse) + len(self.failed)} worse, {len(self.better)} better, {rest} as before"]
+        )
 
 
 def compare(before: Run, after: Run) -> Changes:
@@ -51,18 +65,40 @@ def compare(before: Run, after: Run) -> Changes:
         raise ResultError(f"{before.path} is of {before.device}, {after.path} of {after.device}: not comparable")
     ours = [key for key in before.figures if key.column == OURS]
     both = [key for key in ours if key in after.figures]
-    if not both:
+    failed, lost, not_run = _missing(before, after)
+    if not both and not failed:
         raise ResultError(f"{before.path} and {after.path} have no figure in common")
     changes = [change for key in both for change in _changes(key, before, after)]
-    suites = {run.machine.get("suite") for run in (before, after)}
-    ops = {key.op for key in after.figures}
-    lost = [key for key in ours if key not in after.figures and key.op in ops] if len(suites) == 1 else []
     return Changes(
         sorted((c for c in changes if c.factor < 1), key=lambda c: c.factor),
         sorted((c for c in changes if c.factor > 1), key=lambda c: -c.factor),
         len(both),
+        failed,
         lost,
+        not_run,
     )
+
+
+def _missing(before: Run, after: Run) -> tuple[dict[str, str], dict[Key, str | None], list[str]]:
+    """Of our figures that only `before` has: cases that fail now, figures that are gone, and ops that were not run."""
+    reasons: list[str] = after.machine.get("left_out", [])
+    run = {key.op for key in after.figures}
+    same = before.machine.get("suite") == after.machine.get("suite")
+    failed: dict[str, str] = {}
+    lost: dict[Key, str | None] = {}
+    not_run: list[str] = []
+    for key in before.figures:
+        if key.column != OURS or key in after.figures:
+            continue
+        case = f"{key.op} {key.case}"
+        why = next((line.removeprefix(f"{case}: ") for line in reasons if line.startswith(f"{case}: ")), None)
+        if why and why.startswith((OURS, PLAIN)):
+            failed[case] = why
+        elif same and (why or key.op in run):
+            lost[key] = why
+        elif key.op not in run and key.op not in not_run:
+            not_run.append(key.op)
+    return failed, lost, not_run
 
 
 def _changes(key: Key, before: Run, after: Run) -> list[Change]:
@@ -75,8 +111,10 @@ def _changes(key: Key, before: Run, after: Run) -> list[Change]:
     elif _apart(a.speed, b.speed, least):
         ratios = f"{a.speed.median:.2f} to {b.speed.median:.2f} times plain PyTorch's speed"
         found.append(Change(key, ratios, b.speed.median / a.speed.median))
-    if a.peak and b.peak and abs(a.peak - b.peak) > max(_MEGABYTE, least * min(a.peak, b.peak)):
-        found.append(Change(key, f"{a.peak / _MEGABYTE:.1f} to {b.peak / _MEGABYTE:.1f} MB", a.peak / b.peak))
+    if a.peak is not None and b.peak is not None and abs(a.peak - b.peak) > max(_MEGABYTE, least * min(a.peak, b.peak)):
+        found.append(
+            Change(key, f"{a.peak / _MEGABYTE:.1f} to {b.peak / _MEGABYTE:.1f} MB", max(1, a.peak) / max(1, b.peak))
+        )
     return found
 
 

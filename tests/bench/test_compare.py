@@ -13,15 +13,15 @@ from posttrain.cli import main
 _COMMITTED = Path(__file__).parents[2] / "bench" / "results"
 
 
-def write(path: Path, speeds, seconds=(0.9, 1.0, 1.1), peak=10 << 20, device="A", cuda=None) -> Path:
-    """A run with one case for each of `speeds`, (p20, median, p80) by title."""
+def write(path: Path, speeds, seconds=(0.9, 1.0, 1.1), peak=10 << 20, device="A", cuda=None, left_out=()) -> Path:
+    """A run of rope with one case for each of `speeds`, (p20, median, p80) by title."""
     benchmarks = []
     for case, speed in speeds.items():
         facts = {"op": "rope", "case": case, "pass": "forward", "column": "posttrain", "error": 0.0, "peak_bytes": peak}
         for name, (p20, median, p80) in (("seconds", seconds), ("speed", speed)):
             facts[name] = {"p20": p20, "median": median, "p80": p80}
         benchmarks.append({"extra_info": facts})
-    machine = {"device": device, "cuda": cuda, "suite": "quick"}
+    machine = {"device": device, "cuda": cuda, "suite": "quick", "left_out": left_out}
     path.write_text(json.dumps({"machine_info": machine, "benchmarks": benchmarks}))
     return path
 
@@ -52,6 +52,14 @@ def test_more_memory_is_worse(tmp_path):
     assert [change.what for change in compare(read(before), read(after)).worse] == ["10.0 to 20.0 MB"]
 
 
+def test_memory_that_was_none_is_worse(tmp_path):
+    paths = [write(tmp_path / f"{peak}.json", {"one": (1, 1, 1)}, peak=peak) for peak in (0, 20 << 20)]
+    runs = [read(path) for path in paths]
+    (change,) = compare(*runs).worse
+    assert change.what == "0.0 to 20.0 MB" and change.factor == 1 / (20 << 20)
+    assert [change.what for change in compare(*reversed(runs)).better] == ["20.0 to 0.0 MB"]
+
+
 def test_on_a_gpu_seconds_count(tmp_path):
     runs = [
         read(write(tmp_path / f"{name}.json", {"one": (2.9, 3.0, 3.1)}, seconds, cuda="13.0"))
@@ -65,6 +73,27 @@ def test_on_a_gpu_seconds_count(tmp_path):
 def test_cases_that_are_gone_are_named(tmp_path):
     before, after = both(tmp_path, {"one": (1, 1, 1), "two": (1, 1, 1)}, {"one": (1, 1, 1)})
     assert [key.case for key in compare(read(before), read(after)).lost] == ["two"]
+
+
+def test_a_case_that_is_wrong_now_is_worse(tmp_path, capsys):
+    wrong, full = "posttrain is wrong: an error of 1, where 0.1 are allowed", "needs 9.0 GiB, and 3.0 GiB are free"
+    speeds = {name: (1, 1, 1) for name in ("one", "two", "three")}
+    paths = both(tmp_path, speeds, {"one": (1, 1, 1)}, left_out=[f"rope three: {full}", f"rope two: {wrong}"])
+    assert main(["bench", "compare", *paths]) == 1
+    assert capsys.readouterr().out.splitlines() == [
+        f"worse: rope two has no figure: {wrong}",
+        f"gone: rope three forward posttrain: {full}",
+        "1 worse, 0 better, 1 as before",
+    ]
+    paths = both(tmp_path, {"two": (1, 1, 1)}, {}, left_out=[f"rope two: {wrong}"])
+    assert main(["bench", "compare", *paths]) == 1
+
+
+def test_ops_that_were_not_run_are_named(tmp_path, capsys):
+    before, after = both(tmp_path, {"one": (1, 1, 1), "two": (1, 1, 1)}, {"one": (1, 1, 1)})
+    Path(before).write_text("swiglu".join(Path(before).read_text().rsplit("rope", 1)))
+    assert main(["bench", "compare", before, after]) == 0
+    assert capsys.readouterr().out.splitlines() == ["not run: swiglu", "0 worse, 0 better, 1 as before"]
 
 
 def test_the_newest_run_of_a_folder_is_read(tmp_path):
