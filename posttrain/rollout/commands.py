@@ -137,7 +137,7 @@ def _prompt(row: Any, where: str) -> Any:
 
     for name in ("prompt", "messages"):
         if name in row:
-            if not isinstance(row[name], str | list) or not row[name]:
+            if not isinstance(row[name], str) and not (isinstance(row[name], list) and row[name]):
                 raise DataError(f"{where}: column {name!r} must be a text or a list of messages, got {row[name]!r:.80}")
             return row[name]
     raise DataError(f"{where}: no column 'prompt' or 'messages', only {', '.join(map(repr, row))}")

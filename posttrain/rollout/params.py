@@ -1,9 +1,9 @@
 """What is asked of the engine, and what comes back."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from numbers import Integral
+from numbers import Integral, Real
 
 from posttrain.ops.sample import LEAST_TEMPERATURE
 
@@ -20,8 +20,8 @@ class SamplingParams:
         min_p: only tokens at least this share as likely as the most likely one.
         max_tokens: most tokens of a completion.
         stop: texts at which a completion ends; they are not part of its text.
-        seed: -2^63 to 2^63 - 1; the same seed gives a prompt the same completions, whatever else is generated; None
-            draws one from PyTorch's generator.
+        seed: -2^63 to 2^63 - 1; the same seed gives a prompt the same completions, whatever else is generated (by the
+            models of which docs/rollout.md says so under "Exactness"); None draws one from PyTorch's generator.
         ignore_eos: go on after an end-of-sequence token.
         logprobs: how many of the likeliest tokens to report at each place, besides the one drawn.
     """
@@ -38,11 +38,15 @@ class SamplingParams:
     logprobs: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        one = isinstance(self.stop, str) or not isinstance(self.stop, Iterable)
+        object.__setattr__(self, "stop", (self.stop,) if one else tuple(self.stop))
         for name in ("n", "top_k", "max_tokens", "logprobs"):
             value = getattr(self, name)
             if not isinstance(value, Integral) or not 0 <= int(value) < 2**63:
                 raise ValueError(f"{name} must be an integer of at least 0, below 2^63, got {value!r}")
+        for name in ("temperature", "top_p", "min_p"):
+            if not isinstance(getattr(self, name), Real):
+                raise ValueError(f"{name} must be a number, got {getattr(self, name)!r}")
         large_enough = self.temperature == 0 or self.temperature >= LEAST_TEMPERATURE
         if not (large_enough and math.isfinite(self.temperature)):
             raise ValueError(

@@ -96,6 +96,8 @@ def test_results_of_something_else(folder, prompts, tmp_path, capsys):
         ({"prompt": "a", "x": float("nan")}, "line 1: column 'x' can't be written as JSON: Out of range float values"),
         ({"prompt": "a", "x": ["\ud800"]}, "line 1: column 'x' can't be written as JSON: 'utf-8' codec can't encode"),
         ({"prompt": "a\ud800"}, "line 1: column 'prompt' can't be written as JSON: 'utf-8' codec can't encode"),
+        ({"messages": []}, "line 1: column 'messages' must be a text or a list of messages, got []"),
+        ({"prompt": ""}, "prompt 0 has no tokens, and the tokenizer no beginning-of-sequence token to start from"),
         ({"prompt": "x" * 300}, "prompt 0 has 300 tokens, more than the 256 of the context"),
     ],
 )
