@@ -13,7 +13,9 @@ import bench_sft
 import pytest
 from trl_trainer import in_turns, largest_difference, skip_without_trl
 
+import posttrain
 from posttrain.bench.memory import peaks, report_peaks
+from posttrain.integrations import counters
 
 skip_without_trl()
 FASTER, SMALLER = 1.3, 0.6
@@ -39,12 +41,15 @@ class Script:
         return getattr(self.trainer, name)
 
     def train(self):
-        """As the trainer's."""
-        return self._hooked(self.trainer.train)
+        """As the trainer's; afterwards the hooks have fired."""
+        result = self._hooked(lambda: self.trainer.train())  # bound after `enable`
+        if self.enabled:
+            fired = counters()
+            assert fired.get("model prepared") and fired.get("language head by linear_logprob"), fired
+            assert fired.get("batch with shared prefixes") or fired.get("batch without padding"), fired
+        return result
 
     def _hooked(self, work):
-        import posttrain
-
         if not self.enabled:
             return work()
         posttrain.enable()
