@@ -3,6 +3,7 @@
 Hooks, and there are no others:
 
     transformers.PreTrainedModel.from_pretrained    a causal LM that it has loaded is prepared
+    peft.PeftModel.__init__                         so is one that it wraps, with its adapters
     transformers.Trainer.__init__                   so is the model a trainer was given, with the adapters on it by then
     transformers.Trainer.train, evaluate, predict   the same for a trainer that was made before `enable`
     transformers.Trainer.compute_loss               its model computes the loss without logits where only that counts,
@@ -70,7 +71,9 @@ def disable() -> None:
 def _hook(versions: dict[str, str]) -> None:
     say(f"posttrain is in {', '.join(f'{library} {number}' for library, number in versions.items())}:")
     _hook_transformers()
-    say("  causal language models, when they are loaded or given to a trainer: norms, rotary, MLP, attention, LoRA")
+    say(
+        "  causal language models, when they are loaded, get adapters or go to a trainer: norms, rotary, MLP, attention, LoRA"
+    )
     say("  transformers' own Trainer: its loss by linear_logprob, padding left out, common prefixes computed once")
     if "trl" in versions:
         say(_hook_trl(versions["trl"]))
@@ -82,12 +85,14 @@ def _replace(owner: Any, name: str, new: Any) -> None:
 
 
 def _hook_transformers() -> None:
+    from peft import PeftModel
     from transformers import PreTrainedModel, Trainer
 
     import posttrain.models.attention  # noqa: F401  registers the name
 
     loading = vars(PreTrainedModel)["from_pretrained"].__func__
     _replace(PreTrainedModel, "from_pretrained", classmethod(_loading(loading)))
+    _replace(PeftModel, "__init__", _wrapping(PeftModel.__init__))
     _replace(Trainer, "__init__", _making(Trainer.__init__))
     for name in ("train", "evaluate", "predict"):
         _replace(Trainer, name, _using(vars(Trainer)[name]))
@@ -107,6 +112,15 @@ def _loading(theirs: Callable[..., Any]) -> Callable[..., Any]:
         return loaded
 
     return from_pretrained
+
+
+def _wrapping(theirs: Callable[..., None]) -> Callable[..., None]:
+    @wraps(theirs)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        theirs(self, *args, **kwargs)
+        attach(self)
+
+    return __init__
 
 
 def _making(theirs: Callable[..., None]) -> Callable[..., None]:

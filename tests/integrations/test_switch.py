@@ -6,6 +6,8 @@ import pytest
 import torch
 import transformers
 import trl
+from lora_models import filled
+from peft import PeftModel, get_peft_model
 from tiny_models import tiny
 from transformers import (
     AutoModelForCausalLM,
@@ -22,6 +24,7 @@ from posttrain.integrations import counters
 from posttrain.integrations.switch import _refuse_parts_of_sequences
 from posttrain.integrations.trl_batches import methods
 from posttrain.models import prepare
+from posttrain.models.families import LoraLinear
 from posttrain.models.prepare import is_prepared
 
 STEPS = 4
@@ -39,7 +42,12 @@ COMMON = {
     "use_cpu": True,
     "train_sampling_strategy": "sequential",
 }
-HOOKS = ((PreTrainedModel, "from_pretrained"), (Trainer, "__init__"), (utils, "_ChunkedLogProbFunction"))
+HOOKS = (
+    (PreTrainedModel, "from_pretrained"),
+    (PeftModel, "__init__"),
+    (Trainer, "__init__"),
+    (utils, "_ChunkedLogProbFunction"),
+)
 HOOKS = (*HOOKS, *((Trainer, name) for name in ("compute_loss", "prediction_step", "train", "evaluate", "predict")))
 if hasattr(utils, "_use_triton"):  # since TRL 1.16
     HOOKS = (*HOOKS, (utils, "_use_triton"))
@@ -302,6 +310,28 @@ def test_checkpoints_are_the_same(model_dir, enabled, tmp_path):
     AutoModelForCausalLM.from_pretrained(model_dir).save_pretrained(tmp_path)
     for name in ("config.json", "model.safetensors"):
         assert (tmp_path / name).read_bytes() == (model_dir / name).read_bytes()
+
+
+def test_adapters_in_a_loop_of_ones_own(model_dir, enabled):
+    ids = torch.arange(3, 40)[None]
+
+    def gradients(model):
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        return loss.detach(), [p.grad for p in model.parameters() if p.grad is not None]
+
+    posttrain.disable()
+    torch.manual_seed(0)
+    theirs = gradients(filled(get_peft_model(AutoModelForCausalLM.from_pretrained(model_dir, dtype="float32"), lora())))
+    posttrain.enable()
+    torch.manual_seed(0)
+    model = filled(get_peft_model(AutoModelForCausalLM.from_pretrained(model_dir, dtype="float32"), lora()))
+    layers = [module for module in model.modules() if isinstance(module, LoraLinear)]
+    assert len(layers) == 6  # three in each of two layers
+    torch.testing.assert_close(gradients(model), theirs)
+    assert len(theirs[1]) == 12
+    posttrain.disable()
+    assert not any(isinstance(module, LoraLinear) for module in model.modules())
 
 
 def test_patch_and_unpatch(model_dir, capsys):
