@@ -34,12 +34,28 @@ class Device:
         """The suites that were run here, scaling last."""
         return sorted({run.machine["suite"] for run in self.runs}, key=lambda suite: (suite == SCALING_SUITE, suite))
 
+    def of(self, suite: str) -> list[Run]:
+        """The runs of a suite."""
+        return [run for run in self.runs if run.machine["suite"] == suite]
+
     def merged(self, suite: str) -> Run:
-        """The newest figures of a suite, as if they were of one run; what was left out is of the newest run."""
-        runs = [run for run in self.runs if run.machine["suite"] == suite]
+        """The newest figures of a suite, and of each op what the newest run of it left out, as if of one run."""
+        runs = self.of(suite)
         figures = {key: figure for run in runs for key, figure in run.figures.items()}
         extra = {key: facts for run in runs for key, facts in run.extra.items()}
-        return Run(runs[-1].path, runs[-1].machine, figures, extra)
+        left_out: dict[str, list[str]] = {}
+        for run in runs:
+            left_out |= _left_out_of(run)
+        reasons = sorted(reason for own in left_out.values() for reason in own)
+        return Run(runs[-1].path, runs[-1].machine | {"left_out": reasons}, figures, extra)
+
+
+def _left_out_of(run: Run) -> dict[str, list[str]]:
+    """By op that a run measured or meant to: "op: why" or "op case: why"."""
+    reasons: dict[str, list[str]] = {key.op: [] for key in run.figures}
+    for reason in run.machine.get("left_out", []):
+        reasons.setdefault(reason.split(maxsplit=1)[0].rstrip(":"), []).append(reason)
+    return reasons
 
 
 def devices(folder: Path) -> list[Device]:
@@ -80,7 +96,7 @@ def _device(index: int, device: Device) -> str:
     parts = [f'<h2 id="device{index}">{escape(device.name)}</h2>']
     for suite in device.suites():
         run = device.merged(suite)
-        parts += [f"<h3>Suite {escape(suite)}</h3>", _circumstances(run)]
+        parts += [f"<h3>Suite {escape(suite)}</h3>", _circumstances(device.of(suite))]
         parts += [charts(scaling_plots(run))] if suite == SCALING_SUITE else [_suite(run)]
         parts += [_op(op, run) for op in dict.fromkeys(key.op for key in run.figures)]
         parts.append(_left_out(run.machine.get("left_out", [])))
@@ -89,19 +105,27 @@ def _device(index: int, device: Device) -> str:
     return "".join(parts)
 
 
-def _circumstances(run: Run) -> str:
-    machine = run.machine
+def _circumstances(runs: Sequence[Run]) -> str:
+    """Of the newest run, and which others there are."""
+    machine = runs[-1].machine
     versions = machine.get("versions", {})
     facts = [f"{name} {machine[name]}" for name in ("driver", "cuda", "isa") if machine.get(name)]
     facts += [f"{name} {versions[name]}" for name in ("torch", "triton", "transformers") if name in versions]
-    if machine.get("commit"):
-        facts.append(f"commit {machine['commit'][:9]}{' with changes' * bool(machine.get('changed'))}")
+    facts.append(_commit(runs[-1]))
     facts.append(str(machine.get("date", "")))
     if machine.get("load") is not None:
         facts.append(f"load of {machine['load']:.2f} of the cores")
     if roofline := machine.get("roofline"):
         facts.append(f"roofline {roofline['gemm'] / 1e12:.3g} TFLOP/s, {roofline['copy'] / 1e9:.3g} GB/s")
+    if len(runs) > 1:
+        others = ", ".join(f"{run.machine.get('date', '')} {_commit(run)}".strip() for run in runs[:-1])
+        facts.insert(0, f"newest of {len(runs)} runs (before it: {others})")
     return f"<p class=faint>{escape('; '.join(filter(None, facts)))}</p>"
+
+
+def _commit(run: Run) -> str:
+    commit = run.machine.get("commit")
+    return f"commit {commit[:9]}{' with changes' * bool(run.machine.get('changed'))}" if commit else ""
 
 
 def _suite(run: Run) -> str:

@@ -20,7 +20,9 @@ from posttrain.cli import main
 _ROOT = Path(__file__).parents[2]
 
 
-def write(folder: Path, name: str, milliseconds: float, device="A <GPU>", suite="quick", op="rope", **more) -> None:
+def write(
+    folder: Path, name: str, milliseconds: float, device="A <GPU>", suite="quick", op="rope", left_out=None, **more
+) -> None:
     """A run with figures of one case by ours and plain PyTorch."""
     benchmarks = []
     for column, factor in (("posttrain", 1), ("plain PyTorch", 2)):
@@ -30,7 +32,7 @@ def write(folder: Path, name: str, milliseconds: float, device="A <GPU>", suite=
         facts |= {"flops": 2e9, "bytes": 1e8, "tflops": 0.5, "gbytes": 25.0, "roofline": 0.4, **more}
         benchmarks.append({"extra_info": facts})
     machine = {"device": device, "suite": suite, "date": name, "commit": "0123456789ab", "load": 0.25}
-    machine |= {"roofline": {"copy": 1e11, "gemm": 1e12}, "left_out": ["rope: Liger runs on GPUs only"]}
+    machine |= {"roofline": {"copy": 1e11, "gemm": 1e12}, "left_out": left_out or [f"{op}: Liger runs on GPUs only"]}
     path = folder / device.replace(" ", "-") / f"{name}-{suite}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"machine_info": machine, "benchmarks": benchmarks}))
@@ -60,6 +62,14 @@ def test_the_newest_figure_of_a_case_counts(tmp_path):
     write(tmp_path, "2026-01-01b", 9.25, op="swiglu")
     text = html(devices(tmp_path))
     assert ">7.25<" in text and ">9.25<" in text and ">5.75<" not in text
+
+
+def test_runs_under_one_heading_are_named_with_what_each_op_last_left_out(tmp_path):
+    write(tmp_path, "2026-01-01", 3.0, left_out=["rope: quack is old", "swiglu [8, 8]: no memory"])
+    write(tmp_path, "2026-01-02", 3.0, op="swiglu", left_out=["swiglu: Liger is new"])
+    text = html(devices(tmp_path))
+    assert "newest of 2 runs (before it: 2026-01-01 commit 012345678)" in text
+    assert re.findall("<li>(.*?)(?=<li>|</ul>)", text) == ["rope: quack is old", "swiglu: Liger is new"]
 
 
 def test_costs_over_a_size_have_their_exponent(tmp_path):
