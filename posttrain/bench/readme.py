@@ -3,8 +3,8 @@
     <!-- bench:NAME DEVICE -->
     <!-- /bench -->
 
-is the table NAME of the results in the folder DEVICE. `overview` is of the newest run of `posttrain bench`; the others
-are of comparisons of `make bench`.
+is the table NAME of the results in the folder DEVICE. `overview` has the newest figures of the suite of
+`posttrain bench` that ran last, scaling aside; the others are of comparisons of `make bench`.
 """
 
 import json
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.bench.measure import OURS
-from posttrain.bench.report import SCALING_SUITE, Device, overview
+from posttrain.bench.report import SCALING_SUITE, Device, date, overview
 from posttrain.bench.results import ResultError, read
 
 _MARKED = re.compile(r"(<!-- bench:(\S+) (\S+) -->\n)(.*?)(<!-- /bench -->)", re.DOTALL)
@@ -225,12 +225,12 @@ def _drop_in(results: Results) -> Rows:
 
 
 def _overview(results: Results) -> Rows:
-    runs = [read(path) for path in sorted(results.folder.glob("*.json"))]
-    device = Device(runs[0].device if runs else "", [run for run in runs if "suite" in run.machine], [])
-    suites = [suite for suite in device.suites() if suite != SCALING_SUITE]
-    if not suites:
+    every = [read(path) for path in results.folder.glob("*.json")]
+    runs = sorted((run for run in every if run.machine.get("suite", SCALING_SUITE) != SCALING_SUITE), key=date)
+    if not runs:
         raise ResultError(f"{results.folder}: no run of posttrain bench")
-    head, rows = overview(device.merged(suites[0]))
+    newest = runs[-1]
+    head, rows = overview(Device(newest.device, runs, []).merged(newest.machine["suite"]))
     return [head, *rows]
 
 

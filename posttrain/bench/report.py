@@ -65,10 +65,15 @@ def devices(folder: Path) -> list[Device]:
         raise ResultError(f"{folder}: no results of posttrain bench in its folders")
     found = []
     for name in sorted({run.device for run in runs}):
-        own = sorted((run for run in runs if run.device == name), key=lambda run: run.machine.get("date", ""))
+        own = sorted((run for run in runs if run.device == name), key=date)
         suites = [run for run in own if "suite" in run.machine]
         found.append(Device(name, suites, [run for run in own if "suite" not in run.machine and run.figures]))
     return found
+
+
+def date(run: Run) -> str:
+    """When it was recorded, in a form that sorts; "" if the file doesn't say."""
+    return run.machine.get("date", "")
 
 
 def write_report(folder: Path, path: Path) -> list[Device]:
@@ -112,13 +117,13 @@ def _circumstances(runs: Sequence[Run]) -> str:
     facts = [f"{name} {machine[name]}" for name in ("driver", "cuda", "isa") if machine.get(name)]
     facts += [f"{name} {versions[name]}" for name in ("torch", "triton", "transformers") if name in versions]
     facts.append(_commit(runs[-1]))
-    facts.append(str(machine.get("date", "")))
+    facts.append(date(runs[-1]))
     if machine.get("load") is not None:
         facts.append(f"load of {machine['load']:.2f} of the cores")
     if roofline := machine.get("roofline"):
         facts.append(f"roofline {roofline['gemm'] / 1e12:.3g} TFLOP/s, {roofline['copy'] / 1e9:.3g} GB/s")
     if len(runs) > 1:
-        others = ", ".join(f"{run.machine.get('date', '')} {_commit(run)}".strip() for run in runs[:-1])
+        others = ", ".join(f"{date(run)} {_commit(run)}".strip() for run in runs[:-1])
         facts.insert(0, f"newest of {len(runs)} runs (before it: {others})")
     return f"<p class=faint>{escape('; '.join(filter(None, facts)))}</p>"
 

@@ -147,6 +147,14 @@ def test_tables_are_filled_between_marks(tmp_path, capsys):
     ]
 
 
+def test_the_overview_is_of_the_suite_that_ran_last(tmp_path):
+    write(tmp_path, "2026-01-01", 5.0, device="A", suite="full")
+    write(tmp_path, "2026-01-02", 5.0, device="A", op="swiglu")
+    write(tmp_path, "2026-01-03", 5.0, device="A", suite="scaling", op="geglu")
+    table = filled("<!-- bench:overview A -->\n<!-- /bench -->\n", tmp_path)
+    assert [line.split()[1] for line in table.splitlines()[3:-1]] == ["swiglu"]
+
+
 @pytest.mark.parametrize("name", ["nothing A", "sft A", "overview B"])
 def test_a_table_that_cannot_be_made_is_an_error(tmp_path, name):
     write(tmp_path, "2026-01-02", 7.25, device="A")
