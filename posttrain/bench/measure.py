@@ -90,10 +90,11 @@ def measure(case: Case, rounds: int, peers: bool = False) -> dict[str, Table]:
 
 def _tables(case: Case, rounds: int, peers: bool) -> dict[str, Table]:
     problem = case.make()
-    ways, missing = _ways(problem, case.peers if peers else {})
-    right = _gate(problem, ways, missing)
+    ways, absent = _ways(problem, case.peers if peers else {})
+    missing = {name: dict(absent) for name in case.passes}
+    right = {name: _gate(problem, name, ways, missing[name]) for name in case.passes}
     sets = _sets(problem)
-    return {name: _table(problem, name, right, ways, sets, rounds, missing) for name in case.passes}
+    return {name: _table(problem, name, right[name], ways, sets, rounds, missing[name]) for name in case.passes}
 
 
 def calls_of(problem: Problem, peers: Makers, name: str) -> tuple[dict[str, Call], dict[str, str]]:
@@ -102,7 +103,7 @@ def calls_of(problem: Problem, peers: Makers, name: str) -> tuple[dict[str, Call
     Raises `NotMeasured` if our function is wrong.
     """
     ways, missing = _ways(problem, peers)
-    right = _gate(problem, ways, missing)
+    right = _gate(problem, name, ways, missing)
     return _calls(ways, right, [problem.arguments], name, missing), missing
 
 
@@ -127,30 +128,30 @@ def describe(error: BaseException) -> str:
     return f"fails: {type(error).__name__} {' '.join(str(error).split())[:160]}"
 
 
-def _gate(problem: Problem, ways: Mapping[str, Way], missing: dict[str, str]) -> dict[str, float]:
-    """Errors of the functions that are right; the others go to `missing`. Raises `NotMeasured` if ours is wrong."""
+def _gate(problem: Problem, name: str, ways: Mapping[str, Way], missing: dict[str, str]) -> dict[str, float]:
+    """Errors of those who are right in a pass; others go to `missing`. Raises `NotMeasured` if ours is wrong."""
     wide = copied(problem.arguments, WIDER)
-    incoming = _incoming(problem) if BOTH in problem.work else []
+    incoming = _incoming(problem) if name == BOTH else []
     if problem.truth is None:
         truth = _results(problem, Way(problem.plain), wide, wide, incoming)
     else:
         truth = list(problem.truth())
     found, errors = {}, {}
-    for name, way in ways.items():
+    for who, way in ways.items():
         try:
-            found[name] = _results(problem, way, problem.arguments, wide, incoming)
-            errors[name] = max(map(_error, found[name], truth), default=0.0)
+            found[who] = _results(problem, way, problem.arguments, wide, incoming)
+            errors[who] = max(map(_error, found[who], truth), default=0.0)
         except Exception as error:  # of a peer, or of ours, which is then raised below
-            if name == OURS:
+            if who == OURS:
                 raise NotMeasured(f"{OURS} {describe(error)}", wrong=True) from error
-            missing[name] = describe(error)
+            missing[who] = describe(error)
     if PLAIN not in found:
         raise NotMeasured(f"plain PyTorch, the yardstick, {missing[PLAIN]}", wrong=True)
     if fault := _fault(found[OURS], found[PLAIN], truth):
         raise NotMeasured(f"{OURS} is wrong: {fault}", wrong=True)
-    coarse = {name: off for name, off in errors.items() if name not in (OURS, PLAIN) and not off <= COARSE}
-    missing.update({name: f"is wrong: off by {off:.2g} of the largest value" for name, off in coarse.items()})
-    return {name: off for name, off in errors.items() if name not in coarse}
+    coarse = {who: off for who, off in errors.items() if who not in (OURS, PLAIN) and not off <= COARSE}
+    missing.update({who: f"is wrong: off by {off:.2g} of the largest value" for who, off in coarse.items()})
+    return {who: off for who, off in errors.items() if who not in coarse}
 
 
 def _incoming(problem: Problem) -> list[Tensor]:
@@ -161,16 +162,16 @@ def _incoming(problem: Problem) -> list[Tensor]:
 
 
 def _results(problem: Problem, way: Way, given: Any, wide: Any, incoming: list[Tensor]) -> list[Tensor]:
-    """What must be right: outputs and, where there is a backward, outputs with a gradient and the gradients."""
+    """What must be right: outputs without a gradient or, given gradients of them, those with one and the gradients."""
     arguments = way.prepare(copied(given))
-    with torch.no_grad():
-        result = way.call(*arguments)
     if not incoming:
+        with torch.no_grad():
+            result = way.call(*arguments)
         return list(problem.checked(wide, result)) if problem.checked else [way.back(x) for x in outputs_of(result)]
     outputs = outputs_of(way.call(*arguments))
     seeds = [way.into(g).to(y.dtype) for g, y in zip(incoming, outputs, strict=True)]
     gradients = torch.autograd.grad(outputs, leaves_of(arguments), seeds)
-    return [way.back(x.detach()) for x in (*outputs_of(result), *outputs, *gradients)]
+    return [way.back(x.detach()) for x in (*outputs, *gradients)]
 
 
 def _error(found: Tensor, true: Tensor) -> float:
@@ -207,16 +208,15 @@ def _table(
     ways: Mapping[str, Way],
     sets: list[Arguments],
     rounds: int,
-    missing: Mapping[str, str],
+    missing: dict[str, str],
 ) -> Table:
-    absent = dict(missing)
-    calls = _calls(ways, errors, sets, name, absent)
+    calls = _calls(ways, errors, sets, name, missing)
     gc.collect()
     peaks = {way_name: peak_of(call) for way_name, call in calls.items()}
     samples = alternate(calls, rounds)
     columns = {key: Column(samples[key], errors[key], peaks[key]) for key in calls}
     work = problem.work[name]
-    return Table(work.flops, work.moved, columns, Comparison.of(PLAIN, samples), absent)
+    return Table(work.flops, work.moved, columns, Comparison.of(PLAIN, samples), missing)
 
 
 def _calls(

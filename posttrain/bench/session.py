@@ -126,7 +126,9 @@ class Session:
         for name, table in tables.items():
             self._lines.append(f"{case} {name}")
             self._lines += [self._line(column, table) for column in table.columns]
-            self._left_out.update(f"{case.op}: {peer} {why}" for peer, why in table.missing.items())
+            for peer, why in table.missing.items():
+                everywhere = all(peer in other.missing for other in tables.values())
+                self._left_out[f"{case.op if everywhere else f'{case.op} {name}'}: {peer} {why}"] += 1
 
     def _line(self, column: str, table: Table) -> str:
         facts = self._rates(column, table)

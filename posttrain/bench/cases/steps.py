@@ -2,10 +2,10 @@
 
 Ours runs the packed batch, prompts once, through the prepared model and `linear_logprob`; plain PyTorch runs
 transformers' model on the padded batch, with the prompts copied, and log_softmax of its logits, those of prompts left
-out where all answers begin later (`logits_to_keep`, as TRL's GRPO has it). Loss, backward and AdamW (with a learning rate
-of 0, so that the weights stay) are the same for both. GRPO's completions are given: what makes them is the case `rollout`.
-Operations are those of the matrix products of the packed tokens: 6 for each weight of the layers and token, and of the
-head and target; DPO's reference takes 2 more.
+out where all answers begin later (`logits_to_keep`, as TRL's GRPO has it). Loss, backward and AdamW (with a learning
+rate of 0, so that the weights stay) are the same for both. GRPO's completions are given: what makes them is the case
+`rollout`. Operations are those of the matrix products of the packed tokens: 6 for each weight of the layers and token,
+and of the head and target; DPO's reference takes 2 more.
 """
 
 from collections.abc import Callable
