@@ -17,7 +17,10 @@ from posttrain.bench.measure import OURS
 from posttrain.bench.report import SCALING_SUITE, Device, date, overview
 from posttrain.bench.results import ResultError, read
 
-_MARKED = re.compile(r"(<!-- bench:(\S+) (\S+) -->\n)(.*?)(<!-- /bench -->)", re.DOTALL)
+_MARKED = re.compile(
+    r"^(<!-- bench:(\S+) (\S+) -->\n)((?:(?!<!-- bench:).)*?)^(<!-- /bench -->)", re.DOTALL | re.MULTILINE
+)
+_MARK = re.compile(r"^<!-- bench\b.*", re.MULTILINE)
 Rows = list[list[str]]
 
 
@@ -251,14 +254,25 @@ TABLES: dict[str, Callable[[Results], Rows]] = {
 def rewrite(document: Path, folder: Path) -> int:
     """Fill the marks of `document` from the results in `folder`; returns how many tables changed."""
     before = document.read_text(encoding="utf-8")
-    after = filled(before, folder)
+    try:
+        after = filled(before, folder)
+    except ResultError as error:
+        raise ResultError(f"{document}: {error}") from error
     if before != after:
         document.write_text(after, encoding="utf-8")
     return sum(a != b for a, b in zip(_MARKED.findall(before), _MARKED.findall(after), strict=True))
 
 
 def filled(text: str, folder: Path) -> str:
-    """`text` with its tables made anew. Raises `ResultError` for a table or result that doesn't exist."""
+    """`text` with its tables made anew. Raises `ResultError` for a table or result that doesn't exist, or a mark
+    that isn't one of a pair."""
+    pairs = {match.start() for match in _MARKED.finditer(text)}
+    for mark in _MARK.finditer(text):
+        if mark.start() not in pairs:
+            line = text.count("\n", 0, mark.start()) + 1
+            raise ResultError(
+                f"line {line}: {mark[0]}: not `<!-- bench:NAME DEVICE -->` with `<!-- /bench -->` after it"
+            )
 
     def made(match: re.Match[str]) -> str:
         start, name, device, _, end = match.groups()

@@ -62,7 +62,8 @@ def devices(folder: Path) -> list[Device]:
     """The devices whose results lie in folders of `folder`, by name. Raises `ResultError` for a file that is none."""
     runs = [read(path) for path in sorted(folder.glob("*/*.json"))]
     if not runs:
-        raise ResultError(f"{folder}: no results of posttrain bench in its folders")
+        of_one = f"; those of one device lie in it, so give {folder.absolute().parent}" * any(folder.glob("*.json"))
+        raise ResultError(f"{folder}: no results of posttrain bench in its folders{of_one}")
     found = []
     for name in sorted({run.device for run in runs}):
         own = sorted((run for run in runs if run.device == name), key=date)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from posttrain.bench.power import fit
-from posttrain.bench.readme import filled
+from posttrain.bench.readme import filled, rewrite
 from posttrain.bench.report import devices, html
 from posttrain.bench.results import ResultError
 from posttrain.bench.svg import Axis, Chart, Series, short
@@ -160,6 +160,32 @@ def test_a_table_that_cannot_be_made_is_an_error(tmp_path, name):
     write(tmp_path, "2026-01-02", 7.25, device="A")
     with pytest.raises(ResultError, match=r"no such table|No such file|no run of posttrain bench"):
         filled(f"<!-- bench:{name} -->\n<!-- /bench -->\n", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("<!-- bench:overview -->\n<!-- /bench -->\n", "line 2: <!-- bench:overview -->"),
+        ("<!-- bench: overview A -->\n<!-- /bench -->\n", "line 2: <!-- bench: overview A -->"),
+        ("<!-- bench:sft A -->\n<!-- bench:overview A -->\n<!-- /bench -->\n", "line 2: <!-- bench:sft A -->"),
+        ("<!-- bench:overview A -->\n", "line 2: <!-- bench:overview A -->"),
+    ],
+)
+def test_a_mark_that_is_not_one_of_a_pair_is_an_error(tmp_path, text, line):
+    write(tmp_path, "2026-01-02", 7.25, device="A")
+    document = tmp_path / "document.md"
+    document.write_text(f"before\n{text}")
+    with pytest.raises(
+        ResultError, match=f"^{re.escape(f'{document}: {line}: not')} .* with `<!-- /bench -->` after it"
+    ):
+        rewrite(document, tmp_path)
+    assert document.read_text() == f"before\n{text}"
+
+
+def test_the_folder_of_a_device_names_its_parent(tmp_path, capsys):
+    write(tmp_path, "2026-01-02", 7.25, device="A")
+    assert main(["bench", "report", str(tmp_path / "A")]) == 2
+    assert f"those of one device lie in it, so give {tmp_path}\n" in capsys.readouterr().err
 
 
 def test_scripts_that_were_not_measured_have_no_row(tmp_path):
