@@ -27,7 +27,7 @@ def patch(model: nn.Module, *, allow_untested: bool = False) -> Report:
     The layers are compared with the original at the first forward (self_check.py).
     The language head of somebody else's trainer is replaced by `enable` only, since the trainer runs it.
 
-    Attention that the model was given by another name than "sdpa", and attention with dropout, stays.
+    Attention that the model was given by another name than its default, and attention with dropout, stays.
 
     Raises:
         ValueError: a model that isn't a causal LM (`ModelError`), or an untested version of transformers, PEFT or TRL.
@@ -94,18 +94,19 @@ def _obstacle(model: Any) -> str | None:
 
 
 def _prepare(model: nn.Module) -> Report:
-    reason = _attention_stays(causal_lm(model).config)
+    reason = _attention_stays(causal_lm(model))
     report = prepare(model, attention=reason is None)
     if reason is not None:
         report.kept["attention"] = reason
     return report
 
 
-def _attention_stays(config: Any) -> str | None:
-    """Why the attention of a model with this configuration isn't replaced, or None."""
-    if config._attn_implementation not in _DEFAULT:
-        return f"the model was given {config._attn_implementation!r}"
-    text_config = config.get_text_config()
+def _attention_stays(causal: Any) -> str | None:
+    """Why the attention of a model isn't replaced, or None."""
+    found = causal.config._attn_implementation
+    if found not in _DEFAULT and (found != "eager" or causal._supports_sdpa):  # Gemma 2, capped, has no other default
+        return f"the model was given {found!r}"
+    text_config = causal.config.get_text_config()
     dropout = next((name for name in _DROPOUT if getattr(text_config, name, None)), None)
     if dropout is not None:
         return f"{dropout} is {getattr(text_config, dropout)}, and packed attention has no dropout"

@@ -162,7 +162,7 @@ def _at_first(body: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
 
 def _sequences(ids: Any, mask: Any) -> Tensor | None:
     """The first tokens of the first rows `[R, T]`, without padding, or None if there aren't two tokens."""
-    if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.shape[1] < 2:
+    if not isinstance(ids, Tensor) or ids.ndim != 2 or not len(ids) or ids.shape[1] < 2:
         return None
     rows = [
         row[mask[at, -row.numel() :].bool()] if isinstance(mask, Tensor) and mask.ndim == 2 else row

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from posttrain.integrations.counting import count, say
-from posttrain.integrations.models import patch
+from posttrain.integrations.models import patch, unpatch
 from posttrain.integrations.regroup import Regrouped, regroup
 from posttrain.models.causal_lm import ModelError, causal_lm, decoder
 from posttrain.models.packing import packed_output
@@ -37,15 +37,19 @@ def shared_prefix(model: nn.Module) -> Iterator[None]:
     A model that wasn't patched is, and stays so, since gradient checkpointing runs its layers again after the forward.
 
     Raises:
-        ValueError: a model without our attention (`ModelError`); and from a forward inside, with what it was given: a
-            cache or a wish for one, embeddings in place of ids, hidden states of all layers, attention weights or a
-            router's logits, tensors that would have to be regrouped too, padding between tokens, torch.compile.
+        ValueError: a model without our attention (`ModelError`), which is left as it was; and from a forward inside,
+            with what it was given: no tokens, a cache or a wish for one, embeddings in place of ids, hidden states of
+            all layers, attention weights or a router's logits, tensors that would have to be regrouped too, padding
+            between tokens, torch.compile.
     """
+    causal, patched = causal_lm(model), False
     if not is_prepared(model):
         patch(model)
-    causal = causal_lm(model)
+        patched = True
     obstacle = _no_attention(causal)
     if obstacle is not None:
+        if patched:
+            unpatch(model)
         raise ModelError(f"shared_prefix: {obstacle}")
     with _replaced(causal, strict=True):
         yield
@@ -133,6 +137,8 @@ def _not_alone(config: Any, input_ids: Tensor | None, arguments: tuple[Any, ...]
     if input_ids is None or input_ids.ndim != 2:
         shape = "none" if input_ids is None else str(list(input_ids.shape))
         return f"the forward needs input_ids [B, T], got {shape}"
+    if not input_ids.numel():
+        return f"the batch {list(input_ids.shape)} has no tokens"
     if kwargs.get("past_key_values") is not None or kwargs.get("use_cache"):
         return "the forward has a cache (past_key_values or use_cache=True), and a forest of sequences has none"
     for name in _RECORDED:

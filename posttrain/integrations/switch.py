@@ -71,9 +71,7 @@ def disable() -> None:
 def _hook(versions: dict[str, str]) -> None:
     say(f"posttrain is in {', '.join(f'{library} {number}' for library, number in versions.items())}:")
     _hook_transformers()
-    say(
-        "  causal language models, when they are loaded, get adapters or go to a trainer: norms, rotary, MLP, attention, LoRA"
-    )
+    say("  causal language models, when loaded, wrapped by PEFT or trained: norms, rotary, MLP, attention, LoRA")
     say("  transformers' own Trainer: its loss by linear_logprob, padding left out, common prefixes computed once")
     if "trl" in versions:
         say(_hook_trl(versions["trl"]))

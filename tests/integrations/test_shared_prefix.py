@@ -12,6 +12,7 @@ from posttrain.integrations.counting import forget
 from posttrain.integrations.regroup import regroup
 from posttrain.integrations.shared_prefix import shared_where_possible
 from posttrain.models import ModelError, prepare
+from posttrain.models.prepare import is_prepared
 
 BATCHES = {"left": lambda: padded("left"), "right": lambda: padded("right"), "padding-free": padding_free}
 
@@ -182,6 +183,29 @@ def test_other_attention_is_refused():
     prepare(model, attention=False)
     with pytest.raises(ModelError, match="LlamaForCausalLM is 'sdpa'"), posttrain.shared_prefix(model):
         pass
+
+
+@pytest.mark.parametrize("given", ["patched", "as it was"])
+def test_a_model_that_is_refused_stays_as_it_was(given):
+    model = tiny("llama")
+    model.set_attn_implementation("eager")
+    if given == "patched":
+        posttrain.patch(model)
+    with pytest.raises(ModelError, match="'eager', not ours"), posttrain.shared_prefix(model):
+        pass
+    assert is_prepared(model) == (given == "patched")
+
+
+def test_what_is_no_model_is_refused():
+    with pytest.raises(ModelError, match="str is not a causal language model"), posttrain.shared_prefix("x"):
+        pass
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0)])
+def test_a_batch_without_tokens_is_refused(shape):
+    model = tiny("llama")
+    with posttrain.shared_prefix(model), pytest.raises(ValueError, match=r"the batch \[\d, \d\] has no tokens"):
+        model(torch.zeros(shape, dtype=torch.long))
 
 
 def test_trainers_share_where_it_is_possible(capsys):

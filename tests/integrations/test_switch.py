@@ -227,6 +227,19 @@ def test_attention_that_stays(model_dir, enabled, capsys, options, reason):
     assert reason in capsys.readouterr().out
 
 
+def test_attention_whose_default_is_eager_is_replaced(enabled, tmp_path):
+    model, ids = tiny("gemma2"), torch.arange(3, 40).repeat(2, 1)
+    model.save_pretrained(tmp_path)
+    assert model.config._attn_implementation == "eager"
+    expected = model.double()(ids).logits
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="float32")
+    assert ours.config._attn_implementation == "posttrain"
+    torch.testing.assert_close(ours(ids).logits, expected.float())
+    assert counters()["self-check of the layers of Gemma2Model passed"] == 1
+    posttrain.disable()
+    assert ours.config._attn_implementation == "eager"
+
+
 def test_a_model_made_from_a_configuration_gets_our_ops_with_its_trainer(enabled, tmp_path):
     model = tiny("llama")
     assert not is_prepared(model)
