@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from posttrain import _C
 from posttrain.ops import reference
@@ -86,6 +87,8 @@ def nf4_linear(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tens
     Raises:
         ValueError: shapes, dtypes or devices that don't fit, with the numbers.
     """
+    if has_torch_function_unary(x):  # a mode may take the rows otherwise (posttrain/rollout/row_by_row.py)
+        return handle_torch_function(nf4_linear, (x,), x, weight, bias)
     _check_type("nf4_linear", weight)
     height, width = weight.shape
     if x.ndim == 0 or x.shape[-1] != width or not x.is_floating_point():

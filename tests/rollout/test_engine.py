@@ -9,6 +9,7 @@ from tiny_models import FAMILIES, OTHERS, tiny
 
 from posttrain.data import Example, PackedBatch
 from posttrain.models import add_lora, prepare, token_logprobs
+from posttrain.models.quantized import quantize
 from posttrain.rollout import Completion, SamplingParams
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
@@ -150,6 +151,18 @@ def test_modules_alone_as_in_company(name, make_engine, prompts):
     together = by_modules(make_engine(model)).generate(prompts, DRAWN)
     in_pieces = by_modules(make_engine(model, max_tokens_per_step=7)).generate(prompts, DRAWN)
     alone = [by_modules(make_engine(model)).generate([prompt], DRAWN)[0] for prompt in prompts]
+    assert together == in_pieces == alone
+
+
+def test_4_bits_alone_as_in_company(make_engine, prompts):
+    model = tiny("llama", hidden_size=64, intermediate_size=128)
+    quantize(model)
+    prepare(model)
+    engine = make_engine(model)
+    together = engine.generate(prompts, DRAWN)
+    assert engine._runner.compiled is None
+    in_pieces = make_engine(model, max_tokens_per_step=7).generate(prompts, DRAWN)
+    alone = [make_engine(model).generate([prompt], DRAWN)[0] for prompt in prompts]
     assert together == in_pieces == alone
 
 
