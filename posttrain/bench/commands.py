@@ -61,7 +61,7 @@ def _bench(options: argparse.Namespace) -> int:
     suite = "scaling" if scaling else options.suite or Selection.suite
     _check("suite", [suite], SUITES)
     _check("op", ops, SCALING if suite == "scaling" else CASES)
-    check_writable(device_folder(options.out))
+    _make(device_folder(options.out))
     session = Session(Selection(ops, suite, options.peers, options.out))
     arguments = ["-q", "--no-header", "--tb=short", "--import-mode=importlib", "-p", "no:cacheprovider"]
     arguments += ["--rootdir", str(Path.cwd()), "-c", os.devnull, "--benchmark-quiet", "-W", "ignore"]
@@ -83,7 +83,7 @@ def _tune(options: argparse.Namespace) -> int:
     chosen = [each for each in found if not options.ops or each.op in options.ops]
     try:
         path = save(gpu_name(device), {})  # before anything is measured: it must be readable and writable
-        save(gpu_name(device), tune(chosen, timed, print))
+        tune(chosen, timed, print, lambda name, sizes: save(gpu_name(device), {name: sizes}))
     except ValueError as error:
         raise ConfigError(str(error)) from error
     print(f"-> {path}")
@@ -123,6 +123,15 @@ def _report(folders: list[str], out: str | None, readme: str | None) -> int:
         raise ConfigError(str(error)) from error
     print(f"{len(found)} devices -> {path}")
     return 0
+
+
+def _make(folder: Path) -> None:
+    """Make the folder of results now, and not when all is measured."""
+    check_writable(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"results can't be written to {folder}: {error.strerror}") from error
 
 
 def _check(kind: str, names: Sequence[str], known: Any) -> None:

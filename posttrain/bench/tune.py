@@ -86,6 +86,7 @@ class Found:
 
 
 Timer = Callable[[Tunable, Sequence[Sizes]], Measured]
+Keeper = Callable[[str, Sizes | None], object]
 
 
 def neighbours(sizes: Sizes, ranges: Sequence[Range]) -> Iterator[Sizes]:
@@ -149,9 +150,8 @@ def timed(tunable: Tunable, sizes: Sequence[Sizes]) -> Measured:
     return Measured(seconds, missing)
 
 
-def tune(tunables: Sequence[Tunable], timer: Timer, tell: Callable[[str], None]) -> dict[str, Sizes | None]:
-    """Search all; of each the sizes that are better than the shipped ones, or None. `tell` gets a line for each."""
-    found: dict[str, Sizes | None] = {}
+def tune(tunables: Sequence[Tunable], timer: Timer, tell: Callable[[str], None], keep: Keeper) -> None:
+    """Search all. `keep` gets each name and the sizes that are better than the shipped ones, or None; `tell` a line."""
     for tunable in tunables:
         if tunable.case is None:
             tell(f"{tunable.name}: not used on this GPU")
@@ -161,10 +161,10 @@ def tune(tunables: Sequence[Tunable], timer: Timer, tell: Callable[[str], None])
         except NotMeasured as reason:
             tell(f"{tunable.name}: nothing measured: {reason}")
             continue
-        found[tunable.name] = None if best.sizes == tunable.shipped else best.sizes
-        result = f"{best.sizes} is {best.factor:.2f} times as fast" if found[tunable.name] else "stays"
+        better = None if best.sizes == tunable.shipped else best.sizes
+        keep(tunable.name, better)
+        result = f"{best.sizes} is {best.factor:.2f} times as fast" if better else "stays"
         tell(f"{tunable.name}: {tunable.shipped} {result}; {best.tried} tried, {len(best.missing)} of them can't run")
-    return found
 
 
 def choices(gpu: str, capability: int) -> Iterator[tuple[str, str]]:

@@ -87,12 +87,25 @@ def test_only_better_sizes_are_kept_and_each_kernel_has_a_line():
     lines = []
     kernels = [tunable(), tunable("nf4_linear", (128, 64, 4, 2)), tunable("lora_linear")]
     kernels[2] = Tunable(kernels[2].name, kernels[2].shipped, _RANGES, "default", None)
-    found = tune(kernels, stand_in((128, 64, 4, 2), []), lines.append)
+    found = {}
+    tune(kernels, stand_in((128, 64, 4, 2), []), lines.append, found.__setitem__)
     assert found == {"packed_attention forward 64": (128, 64, 4, 2), "nf4_linear": None}
     assert lines[0].startswith("packed_attention forward 64: (64, 64, 4, 2) (128, 64, 4, 2) is 2.00 times as fast; ")
     assert (
         lines[1].startswith("nf4_linear: (128, 64, 4, 2) stays; ") and lines[2] == "lora_linear: not used on this GPU"
     )
+
+
+def test_what_was_found_before_an_interrupt_is_kept():
+    def timer(kernel, sizes):
+        if kernel.name == "nf4_linear":
+            raise KeyboardInterrupt
+        return stand_in((128, 64, 4, 2), [])(kernel, sizes)
+
+    found = {}
+    with pytest.raises(KeyboardInterrupt):
+        tune([tunable(), tunable("nf4_linear")], timer, print, found.__setitem__)
+    assert found == {"packed_attention forward 64": (128, 64, 4, 2)}
 
 
 @pytest.fixture
