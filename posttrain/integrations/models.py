@@ -41,8 +41,10 @@ def patch(model: nn.Module, *, allow_untested: bool = False) -> Report:
 
 def unpatch(model: nn.Module) -> None:
     """Undo `patch`: every module of `model` gets its own class back, and the model the attention it had."""
-    restore(model)
-    unwatch(decoder(causal_lm(model)))
+    causal = causal_lm(model)
+    restore_loss(causal)  # which a copy of a model has that `enable` changed
+    restore(causal)
+    unwatch(decoder(causal))
 
 
 def attach(model: Any) -> None:

@@ -82,6 +82,8 @@ def test_copies_are_looked_at_too(enabled):
     for _ in range(2):
         torch.testing.assert_close(copied(batch()).logits, expected)
     assert passed() == [2]
+    posttrain.unpatch(copied)
+    assert list(map(type, copied.modules())) == list(map(type, tiny("llama").modules()))
 
 
 def test_a_patched_model_is_looked_at():
