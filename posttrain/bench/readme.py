@@ -15,7 +15,7 @@ from typing import Any
 
 from posttrain.bench.measure import OURS
 from posttrain.bench.report import SCALING_SUITE, Device, date, overview
-from posttrain.bench.results import ResultError, read
+from posttrain.bench.results import ResultError, Run, read
 
 _MARKED = re.compile(
     r"^(<!-- bench:(\S+) (\S+) -->\n)((?:(?!<!-- bench:).)*?)^(<!-- /bench -->)", re.DOTALL | re.MULTILINE
@@ -228,12 +228,14 @@ def _drop_in(results: Results) -> Rows:
 
 
 def _overview(results: Results) -> Rows:
+    """No rows as long as there is no run."""
+    if not results.folder.is_dir():
+        raise ResultError(f"{results.folder}: no such folder")
     every = [read(path) for path in results.folder.glob("*.json")]
     runs = sorted((run for run in every if run.machine.get("suite", SCALING_SUITE) != SCALING_SUITE), key=date)
-    if not runs:
-        raise ResultError(f"{results.folder}: no run of posttrain bench")
-    newest = runs[-1]
-    head, rows = overview(Device(newest.device, runs, []).merged(newest.machine["suite"]))
+    empty = Run(results.folder, {}, {}, {})
+    merged = Device(runs[-1].device, runs, []).merged(runs[-1].machine["suite"]) if runs else empty
+    head, rows = overview(merged)
     return [head, *rows]
 
 
