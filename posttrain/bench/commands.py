@@ -9,6 +9,13 @@ from typing import Any
 
 from posttrain.train.config import ConfigError, check_writable
 
+_TAKES = {  # options by first word
+    "": ("suite", "peers", "out"),
+    "scaling": ("peers", "out"),
+    "compare": (),
+    "report": ("out", "readme"),
+}
+
 
 def add_command(commands: Any) -> None:
     """Add it to the parsers of `posttrain`."""
@@ -24,7 +31,9 @@ def add_command(commands: Any) -> None:
         "words", nargs="*", metavar="OP", help="ops to measure (default: all); or scaling, compare A B, report [DIR]"
     )
     bench.add_argument("--suite", metavar="NAME", help="quick, full or scaling (default: full on a GPU, else quick)")
-    bench.add_argument("--peers", action="store_true", help="also measure other projects' functions, where installed")
+    bench.add_argument(
+        "--peers", nargs="*", metavar="OP", help="also measure other projects' functions, where installed"
+    )
     bench.add_argument("--out", metavar="PATH", help="folder of results (default: bench/results); of report, its file")
     bench.add_argument("--readme", metavar="FILE", help="of report: also write the tables between a document's marks")
     bench.set_defaults(run=_bench)
@@ -40,12 +49,20 @@ def add_command(commands: Any) -> None:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    if options.words[:1] == ["compare"]:
-        return _compare(options.words[1:])
-    if options.words[:1] == ["report"]:
-        return _report(options.words[1:], options.out, options.readme)
-    if options.readme:
-        raise ConfigError("--readme belongs to posttrain bench report")
+    words = [*options.words, *(options.peers or [])]
+    kind = words[0] if words and words[0] in _TAKES else ""
+    for option in ("suite", "peers", "out", "readme"):
+        if getattr(options, option) is not None and option not in _TAKES[kind]:
+            takers = [f"posttrain bench {word}".strip() for word, taken in _TAKES.items() if option in taken]
+            raise ConfigError(f"--{option} belongs to {' and '.join(takers)}")
+    if kind == "compare":
+        return _compare(words[1:])
+    if kind == "report":
+        return _report(words[1:], options.out, options.readme)
+    return _measure(options, words[1:] if kind else words, bool(kind))
+
+
+def _measure(options: argparse.Namespace, ops: Sequence[str], scaling: bool) -> int:
     for package, name in (("pytest", "pytest"), ("pytest_benchmark", "pytest-benchmark")):
         if find_spec(package) is None:
             raise ConfigError(f"posttrain bench needs {name}: pip install posttrain[bench]")
@@ -56,13 +73,11 @@ def _bench(options: argparse.Namespace) -> int:
     from posttrain.bench.session import Selection, Session
     from posttrain.bench.shapes import SUITES
 
-    scaling = options.words[:1] == ["scaling"]
-    ops = tuple(options.words[scaling:])
     suite = "scaling" if scaling else options.suite or Selection.suite
     _check("suite", [suite], SUITES)
     _check("op", ops, SCALING if suite == "scaling" else CASES)
     _make(device_folder(options.out))
-    session = Session(Selection(ops, suite, options.peers, options.out))
+    session = Session(Selection(tuple(ops), suite, options.peers is not None, options.out))
     arguments = ["-q", "--no-header", "--tb=short", "--import-mode=importlib", "-p", "no:cacheprovider"]
     arguments += ["--rootdir", str(Path.cwd()), "-c", os.devnull, "--benchmark-quiet", "-W", "ignore"]
     return int(pytest.main([*arguments, str(Path(__file__).with_name("suite.py"))], plugins=[session]))

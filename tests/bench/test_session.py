@@ -78,10 +78,15 @@ def test_a_wrong_op_fails_and_has_no_figures(tmp_path):
     ("arguments", "line"),
     [
         (["rope", "rms"], "unknown op 'rms'; there are rms_norm, rope, "),
+        (["rope", "--peers", "rms"], "unknown op 'rms'; there are rms_norm, rope, "),
+        (["rope", "--readme", "a"], "--readme belongs to posttrain bench report\n"),
+        (["scaling", "--suite", "quick"], "--suite belongs to posttrain bench\n"),
+        (["compare", "a", "b", "--out", "c"], "--out belongs to posttrain bench and posttrain bench scaling and "),
+        (["report", "--peers"], "--peers belongs to posttrain bench and posttrain bench scaling\n"),
         (["--suite", "slow"], "unknown suite 'slow'; there are quick, full"),
     ],
 )
-def test_unknown_names_are_one_line(arguments, line, capsys):
+def test_unknown_names_and_options_are_one_line(arguments, line, capsys):
     assert main(["bench", *arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"posttrain: error: {line}") and error.count("\n") == 1
