@@ -55,6 +55,15 @@ def test_what_is_not_finite_is_wrong(make_case, bad):
         measure(make_case(ours=lambda x: torch.where(x > 0.9, bad, 2 * x)), rounds=3)
 
 
+def test_in_float32_twice_the_error_of_plain_is_no_excuse(make_case):
+    def off_by(error, scale=2.0):
+        return lambda x: scale * x + scale * (error if x.dtype == torch.float32 else 0)
+
+    with pytest.raises(NotMeasured, match=r"more than 1e-5 \+ 1.3e-6 of the value"):
+        measure(make_case(off_by(6e-6), off_by(4e-6)), rounds=2)
+    measure(make_case(off_by(6e-6, 100.0), off_by(4e-6, 100.0)), rounds=2)
+
+
 def test_half_precision_may_err_twice_as_much_as_plain(make_case):
     def off_by(error):
         return lambda x: 2 * x + (error if x.dtype == torch.bfloat16 else 0)
