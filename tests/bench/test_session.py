@@ -35,6 +35,7 @@ sys.exit(main(["bench", *sys.argv[1:]] if "wrong" not in sys.argv else ["bench",
 def run(folder, *arguments):
     """The command on a tiny suite, from a folder that is no checkout, without git."""
     environment = {**os.environ, "OUT": str(folder / "out"), "PATH": "", "OMP_NUM_THREADS": "1"}
+    environment.pop("PYTEST_XDIST_WORKER", None)  # pytest-benchmark writes no file within a worker
     command = [sys.executable, "-c", _PROGRAM, *arguments]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
