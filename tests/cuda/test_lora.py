@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from draw import drawer
 from tolerance import HALF, assert_as_good_as, check
 from torch import Tensor
 from torch.nn import functional
@@ -26,12 +27,7 @@ def cuda(device):
 @pytest.fixture
 def random(device):
     """`random(*shape, dtype=...)`, the same numbers every time, so small that sums over many are still near 1."""
-    generator = torch.Generator().manual_seed(0)
-
-    def make(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device, dtype) / 8
-
-    return make
+    return drawer(device, 1 / 8)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from draw import drawer
 from tolerance import HALF, assert_as_good_as, check
 from torch import Tensor
 from torch.nn import functional
@@ -28,12 +29,7 @@ def cuda(device):
 @pytest.fixture
 def random(device):
     """`random(*shape, dtype=...)`, the same numbers every time."""
-    generator = torch.Generator().manual_seed(0)
-
-    def make(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return 0.1 * torch.randn(shape, generator=generator).to(device, dtype)
-
-    return make
+    return drawer(device, 0.1)
 
 
 def expected(weight: NF4Weight, dtype: torch.dtype) -> Tensor:

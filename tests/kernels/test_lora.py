@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from draw import drawer
 from tolerance import HALF, check
 from torch import Tensor
 from torch.nn import functional
@@ -39,12 +40,7 @@ both_ways = pytest.mark.usefixtures("each_way")
 @pytest.fixture
 def random(triton_device):
     """`random(*shape, dtype=...)`, the same numbers every time, so small that sums over many are still near 1."""
-    generator = torch.Generator().manual_seed(0)
-
-    def make(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.randn(shape, generator=generator).to(triton_device, dtype) / 8
-
-    return make
+    return drawer(triton_device, 1 / 8)
 
 
 @pytest.fixture

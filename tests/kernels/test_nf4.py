@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from draw import drawer
 from tolerance import HALF, check
 from torch import Tensor
 from torch.nn import functional
@@ -31,12 +32,7 @@ def triton(triton_device):
 @pytest.fixture
 def random(triton_device):
     """`random(*shape, dtype=...)`, the same numbers every time."""
-    generator = torch.Generator().manual_seed(0)
-
-    def make(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return 0.1 * torch.randn(shape, generator=generator).to(triton_device, dtype)
-
-    return make
+    return drawer(triton_device, 0.1)
 
 
 def expected(weight: NF4Weight, dtype: torch.dtype) -> Tensor:
