@@ -76,3 +76,14 @@ def test_editable_install_leaves_the_path_alone(tmp_path) -> None:
         pytest.skip(f"posttrain is not an editable install here: {source}")
     assert source == str(_ROOT / "kernels" / "rms_norm.py")
     assert not {str(_ROOT), str(_ROOT.parent)} & set(path)
+
+
+def test_kernels_folder_hides_no_package_of_that_name(tmp_path) -> None:
+    """Python started in the repository has it first on sys.path; transformers imports a package `kernels` if it can."""
+    package = tmp_path / "kernels" / "__init__.py"
+    package.parent.mkdir()
+    package.touch()
+    code = "import kernels; print(kernels.__file__)"
+    environment = {"PYTHONPATH": str(tmp_path), "PATH": "/usr/bin:/bin"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=_ROOT, env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == str(package), done.stderr

@@ -1,1 +1,0 @@
-"""The Triton kernels, one file per op; installed as posttrain.kernels."""
