@@ -54,6 +54,8 @@ SUPPORT: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
 
 CUDA_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # Dtype of csrc/cuda/kernels.h
 
+# What can't change is asked once: torch.compile could not trace the question.
+_WITH_CUDA = _C.with_cuda()
 _HAS_TRITON = find_spec("triton") is not None
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _HAS_FLASH_ATTN = find_spec("flash_attn") is not None
@@ -193,7 +195,7 @@ def _obstacle_of_cuda(device: torch.device) -> str | None:
         return (
             None if has_emulated_cuda() else "this build has no posttrain._emulated (-DPOSTTRAIN_EMULATION=ON makes it)"
         )
-    if not _C.with_cuda():
+    if not _WITH_CUDA:
         return "this build has no CUDA kernels (nvcc was not found when it was built)"
     return gpu_obstacle(device) if device.type == "cuda" else f"the tensor is on {device.type}"
 
