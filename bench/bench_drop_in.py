@@ -47,6 +47,7 @@ class Script:
             fired = counters()
             assert fired.get("model prepared") and fired.get("language head by linear_logprob"), fired
             assert fired.get("batch with shared prefixes") or fired.get("batch without padding"), fired
+            assert fired.get("completions by the engine") or type(self.trainer).__name__ != "GRPOTrainer", fired
         return result
 
     def _hooked(self, work):

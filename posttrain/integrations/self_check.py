@@ -15,7 +15,8 @@ checked again. It holds one layer and one slab in the wider dtype for as long as
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -64,6 +65,20 @@ def unwatch(body: nn.Module) -> None:
     if handle is not None:
         handle.remove()
     _layers.pop(body, None)
+
+
+@contextmanager
+def looked_at(body: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Iterator[None]:
+    """A watched decoder, checked with these sequences `[B, T]` and not at the forwards inside, which aren't batches."""
+    handle = _watches.pop(body, None)
+    if handle is not None:
+        handle.remove()
+        _at_first(body, (), {"input_ids": input_ids, "attention_mask": attention_mask})
+    try:
+        yield
+    finally:
+        if handle is not None:
+            watch(body)
 
 
 def forget_heads() -> None:

@@ -10,6 +10,7 @@ Hooks, and there are no others:
     transformers.Trainer.prediction_step            and so in evaluation (trainer_steps.py)
     trl.trainer.utils                               the one place where TRL calls its language head
     trl's SFT, DPO, KTO, GRPO and RLOO trainers     the methods that run models (trl_batches.py), when made or used
+    trl's GRPO and RLOO trainers                    the method that generates (trl_generation.py), when made or used
 
 On a CPU, TRL scores every position and masks the result, and on a GPU those that count; with our op it is the latter
 on both.
@@ -23,7 +24,8 @@ from typing import Any
 from posttrain.integrations.counting import count, forget, say
 from posttrain.integrations.models import attach, detach
 from posttrain.integrations.trainer_steps import loss_without_logits, without_logits
-from posttrain.integrations.trl_batches import methods, shared
+from posttrain.integrations.trl_batches import BATCHES, methods, shared
+from posttrain.integrations.trl_generation import GENERATION, by_engine
 from posttrain.integrations.trl_logprob import language_head
 from posttrain.integrations.versions import installed
 
@@ -124,7 +126,7 @@ def _wrapping(theirs: Callable[..., None]) -> Callable[..., None]:
 def _making(theirs: Callable[..., None]) -> Callable[..., None]:
     @wraps(theirs)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        _hook_batches(type(self))
+        _hook_methods(type(self))
         theirs(self, *args, **kwargs)
         count("trainer made")
         if self.args.torch_compile:
@@ -139,7 +141,7 @@ def _using(theirs: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(theirs)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        _hook_batches(type(self))
+        _hook_methods(type(self))
         _attach_models(self)
         return theirs(self, *args, **kwargs)
 
@@ -163,13 +165,18 @@ def _refuse_parts_of_sequences(accelerator: Any) -> None:
         )
 
 
-def _hook_batches(trainer: type) -> None:
+def _hook_methods(trainer: type) -> None:
+    """Those of TRL's that run models (trl_batches.py) and that generate (trl_generation.py)."""
     hooked = [(owner, name) for owner, name, _ in _undo]
-    for cls, name in methods(trainer):
-        if name not in vars(cls):
-            say(f"posttrain: this trl's {cls.__name__} has no {name}, so its batches keep their padding")
-        elif (cls, name) not in hooked:
-            _replace(cls, name, shared(vars(cls)[name]))
+    for names, ours, otherwise in (
+        (BATCHES, shared, "its batches keep their padding"),
+        (GENERATION, by_engine, "transformers draws its completions"),
+    ):
+        for cls, name in methods(trainer, names):
+            if name not in vars(cls):
+                say(f"posttrain: this trl's {cls.__name__} has no {name}, so {otherwise}")
+            elif (cls, name) not in hooked:
+                _replace(cls, name, ours(vars(cls)[name]))
 
 
 def _hook_trl(version: str) -> str:
@@ -185,5 +192,6 @@ def _hook_trl(version: str) -> str:
         _replace(utils, "_use_triton", lambda device: device.type == "cpu" or on_a_gpu(device))
     return (
         "  the language head in TRL's trainers: linear_logprob\n"
-        "  the batches of TRL's SFT, DPO, KTO, GRPO and RLOO trainers: padding left out, common prefixes computed once"
+        "  the batches of TRL's SFT, DPO, KTO, GRPO and RLOO trainers: no padding, common prefixes computed once\n"
+        "  the completions of its GRPO and RLOO trainers: by posttrain's engine"
     )

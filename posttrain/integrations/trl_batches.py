@@ -5,13 +5,13 @@ are regrouped (shared_prefix.py). Completions of one prompt (GRPO, RLOO), both a
 sequences after one system prompt (SFT) have prefixes to share.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import wraps
 from typing import Any
 
 from posttrain.integrations.shared_prefix import shared_where_possible
 
-METHODS = {
+BATCHES = {
     "SFTTrainer": ("compute_loss",),
     "DPOTrainer": ("_compute_loss", "compute_ref_log_probs"),
     "KTOTrainer": ("_compute_loss", "compute_ref_log_probs"),
@@ -20,11 +20,11 @@ METHODS = {
 }
 
 
-def methods(trainer: type) -> Iterator[tuple[type, str]]:
-    """Of the class of TRL's that `trainer` is or comes from, the methods that run models, by name."""
+def methods(trainer: type, names: Mapping[str, Sequence[str]]) -> Iterator[tuple[type, str]]:
+    """Of the class of TRL's that `trainer` is or comes from, those of the methods `names`."""
     for cls in trainer.__mro__:
         if cls.__module__.startswith("trl.trainer."):
-            yield from ((cls, name) for name in METHODS.get(cls.__name__, ()))
+            yield from ((cls, name) for name in names.get(cls.__name__, ()))
 
 
 def shared(theirs: Callable[..., Any]) -> Callable[..., Any]:

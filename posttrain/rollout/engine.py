@@ -46,6 +46,7 @@ class Engine:
         keep_prefixes: whether later calls find what earlier ones computed. Only for weights that don't change.
 
     Attributes:
+        end_tokens: the tokens that end a completion, of the model's generation config and of the tokenizer.
         stats: what the last call did, in numbers.
         finished: of the last call of `generate`, the completions of each prompt that is done, also after an error.
 
@@ -78,7 +79,7 @@ class Engine:
         self._max_sequences = max_sequences
         self._max_tokens = max_tokens_per_step
         self._keep_prefixes = keep_prefixes
-        self._ends = _end_tokens(causal, tokenizer)
+        self.end_tokens = _end_tokens(causal, tokenizer)
         self._branches: list[Branch] = []
         self._running = 0
         obstacle = getattr(causal, "_posttrain_head_obstacle", None)
@@ -352,7 +353,7 @@ class Engine:
         shares = self._runner.shares
         scheduler = Scheduler(self._pool, self._max_sequences, self._max_tokens, shares, idle)
         scheduler.waiting.extend(branches)
-        generation = Generation(scheduler, self._runner, self.tokenizer, self._ends, self.stats, streaming)
+        generation = Generation(scheduler, self._runner, self.tokenizer, self.end_tokens, self.stats, streaming)
         keep, interrupted = self._keep_prefixes and shares, False
         self._running += 1
         try:
@@ -416,7 +417,6 @@ def _check(
 
 
 def _end_tokens(causal: Any, tokenizer: Any) -> frozenset[int]:
-    """The tokens that end a completion: of the model's generation config and of the tokenizer."""
     of_model = getattr(causal.generation_config, "eos_token_id", None)
     every = [*(of_model if isinstance(of_model, list) else [of_model]), tokenizer.eos_token_id]
     return frozenset(token for token in every if token is not None)

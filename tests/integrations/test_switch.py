@@ -22,7 +22,8 @@ from trl.trainer import utils
 import posttrain
 from posttrain.integrations import counters
 from posttrain.integrations.switch import _refuse_parts_of_sequences
-from posttrain.integrations.trl_batches import methods
+from posttrain.integrations.trl_batches import BATCHES, methods
+from posttrain.integrations.trl_generation import GENERATION
 from posttrain.models import prepare
 from posttrain.models.families import LoraLinear
 from posttrain.models.prepare import is_prepared
@@ -68,7 +69,7 @@ def hooks() -> list:
 
 
 def methods_of(trainer) -> list:
-    return [vars(cls)[name] for cls, name in methods(type(trainer))]
+    return [vars(cls)[name] for names in (BATCHES, GENERATION) for cls, name in methods(type(trainer), names)]
 
 
 def prompts_and_completions(rows):
@@ -93,6 +94,7 @@ def short(completions, **kwargs):
 
 OFFLINE = {"max_length": 40}
 ON_POLICY = {"num_generations": 4, "max_completion_length": 6, "beta": 0.1}
+ON_POLICY["cache_implementation"] = "dynamic"  # so that transformers draws the completions, the same ones for both
 CASES = {
     "SFT": ("SFT", prompts_and_completions, OFFLINE, {}),
     "SFT packed": ("SFT", prompts_and_completions, {**OFFLINE, "packing": True}, {}),

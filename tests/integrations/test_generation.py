@@ -1,0 +1,163 @@
+"""Completions of TRL's GRPO and RLOO trainers, drawn by our engine under enable()."""
+
+import pytest
+import torch
+import trl
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+import posttrain
+from posttrain.integrations import counters
+from posttrain.integrations.trl_generation import _sampling, _Unfit
+from posttrain.models.causal_lm import causal_lm
+from posttrain.rollout import SamplingParams
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+ENGINE = "completions by the engine"
+PROMPTS = ["What is 1 + 2? ", "And 30 + 400, what is that? ", "What is 1 + 2? ", "One"]
+
+
+def trainer_of(kind, model_dir, output_dir, *, ends=None, peft_config=None, **options):
+    """A trainer of TRL, which generates without sampling unless told otherwise."""
+    from datasets import Dataset
+
+    settings = {"num_generations": 2, "per_device_train_batch_size": 4, "max_completion_length": 12, "bf16": False}
+    settings |= {"generation_kwargs": {"do_sample": False}, "gradient_checkpointing": False, **options}
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype="float32")
+    model.generation_config.eos_token_id = ends
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        for weight in (p for p in model.parameters() if p.ndim == 2):  # large, so that tokens don't repeat themselves
+            weight.normal_(0, 0.3)
+    return getattr(trl, f"{kind}Trainer")(
+        model,
+        reward_funcs=lambda completions, **columns: [float(len(one)) for one in completions],
+        args=getattr(trl, f"{kind}Config")(
+            output_dir=str(output_dir), use_cpu=True, report_to="none", disable_tqdm=True, **settings
+        ),
+        train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in PROMPTS]),
+        processing_class=AutoTokenizer.from_pretrained(model_dir),
+        peft_config=peft_config,
+    )
+
+
+def completions(trainer, prompts=PROMPTS):
+    """The ids that the trainer's own method returns."""
+    ids = trainer.processing_class(text=prompts)["input_ids"]
+    if isinstance(trainer, trl.GRPOTrainer):
+        return trainer._generate_single_turn(ids, None, {}, 2)[0]
+    return trainer._generate_single_turn(ids, None, {})
+
+
+def both(*arguments, **options):
+    """Completions of one trainer with and then without the hooks, and what these counted."""
+    posttrain.enable()
+    try:
+        trainer = trainer_of(*arguments, **options)
+        found = completions(trainer)
+        assert "generate" not in vars(causal_lm(trainer.model))
+    finally:
+        posttrain.disable()
+    return found, completions(trainer), counters()
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("GRPO", {}),
+        ("RLOO", {}),
+        ("GRPO", {"gradient_checkpointing": True}),
+        ("GRPO", {"peft_config": LoraConfig(r=4, target_modules=["q_proj", "up_proj"], init_lora_weights=False)}),
+    ],
+    ids=["GRPO", "RLOO", "checkpointing", "LoRA"],
+)
+def test_without_sampling_the_tokens_are_those_of_transformers(kind, options, model_dir, tmp_path):
+    found, expected, fired = both(kind, model_dir, tmp_path, **options)
+    assert found == expected
+    assert found[0] == found[2] != found[1]
+    assert fired[ENGINE] == 1
+    assert fired["self-check of the layers of Qwen3Model passed"] == 1
+
+
+def test_completions_end_where_the_model_says_so(model_dir, tmp_path):
+    whole = completions(trainer_of("GRPO", model_dir, tmp_path))
+    end = next(token for token in whole[1][4:] if token not in whole[1][:4])
+    found, expected, fired = both("GRPO", model_dir, tmp_path, ends=[end])
+    assert found == expected
+    assert found[1] == whole[1][: whole[1].index(end) + 1]
+    assert fired[ENGINE] == 1
+
+
+def test_samples_of_equal_prompts_differ_and_follow_the_seed(model_dir, tmp_path, enabled):
+    trainer = trainer_of("GRPO", model_dir, tmp_path, generation_kwargs=None)
+    drawn = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        drawn.append(completions(trainer))
+    assert counters()[ENGINE] == 3
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert drawn[0][0] != drawn[0][2]
+
+
+def test_a_run_trains_on_what_the_engine_draws(model_dir, tmp_path, enabled):
+    trainer = trainer_of("GRPO", model_dir, tmp_path, generation_kwargs=None, max_steps=2, logging_steps=1)
+    before = trainer.model.get_input_embeddings().weight.detach().clone()
+    trainer.train()
+    assert counters()[ENGINE] == 2
+    assert not torch.equal(trainer.model.get_input_embeddings().weight, before)
+
+
+def test_mixed_precision_on_a_cpu(model_dir, tmp_path, enabled):
+    trainer = trainer_of("GRPO", model_dir, tmp_path, bf16=True)
+    assert [len(one) for one in completions(trainer)] == [12] * 4
+    assert counters()[ENGINE] == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"repetition_penalty": 1.2}, "repetition_penalty is 1.2"),
+        ({"cache_implementation": "dynamic"}, "cache_implementation is 'dynamic'"),
+        ({"generation_kwargs": {"do_sample": False, "num_beams": 2}}, "num_beams is 2"),
+        ({"generation_kwargs": {"do_sample": False, "eos_token_id": [7]}}, "eos_token_id is [7]"),
+        ({"max_completion_length": 5000}, "completions may go beyond the model's"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_the_engine_cannot_follow_is_left_to_transformers(
+    options, reason, model_dir, tmp_path, enabled, capsys, monkeypatch
+):
+    trainer = trainer_of("GRPO", model_dir, tmp_path, **options)
+    monkeypatch.setattr(trainer.generation_config, "max_time", 0.0)  # one token is enough
+    assert all(completions(trainer))
+    [counted] = [what for what in counters() if what.startswith("completions")]
+    assert counted.startswith("completions by transformers") and reason in counted
+    assert capsys.readouterr().out.count(reason) == 1
+
+
+def settings(**given):
+    """As transformers completes them."""
+    defaults = GenerationConfig._get_default_generation_params()
+    return GenerationConfig(**{**defaults, "max_length": None, "pad_token_id": 0, "max_new_tokens": 9, **given})
+
+
+def test_settings_of_the_engine():
+    sampled = settings(do_sample=True, temperature=0.7, top_k=5, top_p=0.9, min_p=0.1)
+    assert _sampling(sampled) == SamplingParams(temperature=0.7, top_k=5, top_p=0.9, min_p=0.1, max_tokens=9)
+    assert _sampling(settings(do_sample=True, top_k=0)) == SamplingParams(max_tokens=9)
+    assert _sampling(settings(top_k=5)) == SamplingParams(temperature=0, max_tokens=9)
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"max_new_tokens": None}, "max_new_tokens is None"),
+        ({"pad_token_id": None}, "pad_token_id is None"),
+        ({"do_sample": True, "temperature": 1e-9}, "temperature must be 0, or finite"),
+        ({"min_new_tokens": 4}, "min_new_tokens is 4"),
+        ({"suppress_tokens": [3]}, r"suppress_tokens is \[3\]"),
+    ],
+)
+def test_settings_that_the_engine_has_not(given, reason):
+    with pytest.raises(_Unfit, match=reason):
+        _sampling(settings(**given))
