@@ -74,6 +74,17 @@ struct Pages {
   int64_t page, token, head;
 };
 
+// Heads of a step's tokens, the angles [tokens, rotated] by which queries and keys are turned, and where they go: queries
+// to `out`, keys and values to the slots of caches [slots, key heads, width]. All but q, k and v are contiguous.
+template <class T>
+struct StepHeads {
+  View<const T> q, k, v;
+  const T *cos, *sin;
+  const int64_t* slots;
+  T *out, *keys, *values;
+  int64_t heads, key_heads, width, rotated;
+};
+
 // The pages of each sequence, one for every 2^page_bits positions.
 struct BlockTable {
   const int32_t* pages;

@@ -195,8 +195,23 @@ void write_cache(int itemsize, view k, view v, address key_cache, address value_
   const auto heads_of = [&](view x) {
     return posttrain::TokenHeads{at<char>(std::get<0>(x)), std::get<1>(x) * itemsize, std::get<2>(x) * itemsize};
   };
+  posttrain::check_slots(at<int64_t>(slots), tokens, room);
   posttrain::write_cache(heads_of(k), heads_of(v), at<char>(key_cache), at<char>(value_cache), at<int64_t>(slots),
-                         tokens, heads, width * itemsize, room);
+                         tokens, heads, width * itemsize);
+}
+
+// The shape is heads, key heads, width, and how much of it is turned.
+void rope_cache(int itemsize, view q, view k, view v, address cos, address sin, address slots, address out,
+                address key_cache, address value_cache, int64_t tokens, shape s, int64_t room) {
+  posttrain::check_slots(at<int64_t>(slots), tokens, room);
+  by_size(itemsize, [=](auto t) {
+    using T = decltype(t);
+    const auto [heads, key_heads, width, rotated] = s;
+    const posttrain::StepHeads<T> step = {
+        tensor<T>(q), tensor<T>(k), tensor<T>(v), at<T>(cos), at<T>(sin), at<int64_t>(slots), at<T>(out),
+        at<T>(key_cache), at<T>(value_cache), heads, key_heads, width, rotated};
+    POSTTRAIN_CALL(rope_cache<T>, step, tokens);
+  });
 }
 
 int64_t paged_workspace(int itemsize, int64_t width) {
@@ -387,6 +402,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("attention_backward", &attention_backward);
   m.def("check_pages", &check_pages);
   m.def("write_cache", &write_cache);
+  m.def("rope_cache", &rope_cache);
   m.def("paged_workspace", &paged_workspace);
   m.def("paged_attention", &paged_attention);
   m.def("sample", &sample);

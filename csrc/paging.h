@@ -38,9 +38,11 @@ struct TokenHeads {
   int64_t token, head;
 };
 
-// Copies k and v into caches [slots, heads], contiguous, at slots[token], all 0 <= slot < room. Throws
-// std::invalid_argument, with the numbers, before anything is written.
+// Throws std::invalid_argument, with the numbers, unless all 0 <= slot < room.
+void check_slots(const int64_t* slots, int64_t tokens, int64_t room);
+
+// Copies k and v into caches [slots, heads], contiguous, at slots[token].
 void write_cache(TokenHeads k, TokenHeads v, char* key_cache, char* value_cache, const int64_t* slots, int64_t tokens,
-                 int64_t heads, int64_t bytes, int64_t room);
+                 int64_t heads, int64_t bytes);
 
 }  // namespace posttrain

@@ -140,21 +140,13 @@ struct Run {
       norm(q, l.q_norm, own, parts, inner / parts);
       norm(k, l.k_norm, own, key_parts, key_inner / key_parts);
     }
-    turn(q, d.heads, l.rope, own);
-    turn(k, d.key_heads, l.rope, own);
-    for (int64_t i = own.begin; i < own.end; ++i) {
-      copy(k + i * key_inner, l.keys + s.slots[i] * key_inner, key_inner);
-      copy(v + i * key_inner, l.values + s.slots[i] * key_inner, key_inner);
-    }
-  }
-
-  void turn(T* x, int64_t heads, int64_t kind, Share own) const {
-    const HeadStrides strides = {0, d.width, heads * d.width};
-    T* at = x + own.begin * strides.token;
-    const int64_t angle = own.begin * s.angles.rotated;
-    const int at_kind = kind < kinds() ? int(kind) : 0;
-    rope<T>(at, strides, at, strides, cos[at_kind] + angle, sin[at_kind] + angle, 0, 1, heads, own.count(), d.width,
-            s.angles.rotated, false);
+    const int64_t kind = l.rope < kinds() ? l.rope : 0;
+    rope_cache_tokens<T>({{q, inner, d.width},
+                          {k, key_inner, d.width},
+                          {v, key_inner, d.width},
+                          cos[kind], sin[kind], s.slots, q, l.keys, l.values, d.heads, d.key_heads, d.width,
+                          s.angles.rotated},
+                         own.begin, own.end);
   }
 
   void attend(const Team& team, const DecoderLayer<T>& l) const {

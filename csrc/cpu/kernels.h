@@ -32,6 +32,13 @@ template <class T>
 void rope(const T* x, HeadStrides from, T* y, HeadStrides to, const T* cos, const T* sin, int64_t angle_batch_stride,
           int64_t batch, int64_t heads, int64_t tokens, int64_t width, int64_t rotated, bool transposed);
 
+// A step's queries and keys turned, into `out` [tokens, heads, width] and the cache, and the values beside the keys.
+template <class T>
+void rope_cache(const StepHeads<T>& s, int64_t tokens);
+// Of tokens begin <= t < end, on this thread.
+template <class T>
+void rope_cache_tokens(const StepHeads<T>& s, int64_t begin, int64_t end);
+
 // y = act(gate) * up with act 0 silu, 1 gelu, 2 gelu's tanh form. Rows of inputs have strides, results are contiguous.
 template <class T>
 void glu_forward(int act, const T* gate, int64_t gate_stride, const T* up, int64_t up_stride, T* y,

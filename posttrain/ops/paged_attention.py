@@ -105,14 +105,17 @@ def _check(
     query_lens: Tensor | None,
     sinks: Tensor | None,
 ) -> None:
-    shapes = f"q {list(q.shape)}, key_cache {list(key_cache.shape)}, value_cache {list(value_cache.shape)}"
+
+    def shapes() -> str:
+        return f"q {list(q.shape)}, key_cache {list(key_cache.shape)}, value_cache {list(value_cache.shape)}"
+
     if q.ndim != 3 or key_cache.ndim != 4 or key_cache.shape != value_cache.shape or q.shape[2] != key_cache.shape[3]:
-        raise ValueError(f"paged_attention: needs q [T, Hq, D] and both caches [P, page_size, Hkv, D]; got {shapes}")
+        raise ValueError(f"paged_attention: needs q [T, Hq, D] and both caches [P, page_size, Hkv, D]; got {shapes()}")
     page_size = key_cache.shape[1]
     if page_size < 8 or page_size & (page_size - 1):
-        raise ValueError(f"paged_attention: page_size must be a power of two of at least 8; got {shapes}")
+        raise ValueError(f"paged_attention: page_size must be a power of two of at least 8; got {shapes()}")
     if 0 in q.shape[1:] or key_cache.shape[2] == 0 or q.shape[1] % key_cache.shape[2]:
-        raise ValueError(f"paged_attention: needs D of at least 1 and Hq a multiple of Hkv; got {shapes}")
+        raise ValueError(f"paged_attention: needs D of at least 1 and Hq a multiple of Hkv; got {shapes()}")
     if not q.is_floating_point() or not q.dtype == key_cache.dtype == value_cache.dtype:
         raise ValueError(
             "paged_attention: q and the caches must share a floating dtype, "
@@ -127,30 +130,36 @@ def _check(
         )
     if query_lens is None and len(context_lens) != len(q):
         raise ValueError(
-            f"paged_attention: without query_lens, {len(context_lens)} sequences need one query each; got {shapes}"
+            f"paged_attention: without query_lens, {len(context_lens)} sequences need one query each; got {shapes()}"
         )
     if any(x.dtype != torch.int32 for x in tables):
         raise ValueError(
             "paged_attention: block_table, context_lens and query_lens must be int32, "
             f"got {', '.join(str(x.dtype) for x in tables)}"
         )
-    devices = {str(x.device) for x in (q, key_cache, value_cache, *tables)}
-    if len(devices) > 1:
-        raise ValueError(f"paged_attention: the tensors are on several devices, {', '.join(sorted(devices))}")
+    _check_devices("paged_attention", q, key_cache, value_cache, *tables)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, key_cache, value_cache, sinks)):
         raise ValueError("paged_attention: has no gradient; call it under torch.no_grad()")
 
 
+def _check_devices(op: str, *tensors: Tensor) -> None:
+    devices = {x.device for x in tensors}
+    if len(devices) > 1:
+        raise ValueError(f"{op}: the tensors are on several devices, {', '.join(sorted(map(str, devices)))}")
+
+
 def check_write(k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor) -> None:
     """Raise what `write_cache` raises."""
-    shapes = f"k {list(k.shape)}, v {list(v.shape)}, caches {list(key_cache.shape)} and {list(value_cache.shape)}"
+
+    def shapes() -> str:
+        return f"k {list(k.shape)}, v {list(v.shape)}, caches {list(key_cache.shape)} and {list(value_cache.shape)}"
+
     if key_cache.ndim != 4 or key_cache.shape != value_cache.shape or k.shape != v.shape:
-        raise ValueError(f"write_cache: needs k and v [T, Hkv, D] and caches [P, page_size, Hkv, D]; got {shapes}")
+        raise ValueError(f"write_cache: needs k and v [T, Hkv, D] and caches [P, page_size, Hkv, D]; got {shapes()}")
     if k.ndim != 3 or k.shape[1:] != key_cache.shape[2:]:
-        raise ValueError(f"write_cache: k and v must be [T, {', '.join(map(str, key_cache.shape[2:]))}]; got {shapes}")
-    devices = {str(x.device) for x in (k, v, key_cache, value_cache, slots)}
-    if len(devices) > 1:
-        raise ValueError(f"write_cache: the tensors are on several devices, {', '.join(sorted(devices))}")
+        own = ", ".join(map(str, key_cache.shape[2:]))
+        raise ValueError(f"write_cache: k and v must be [T, {own}]; got {shapes()}")
+    _check_devices("write_cache", k, v, key_cache, value_cache, slots)
     if not k.is_floating_point() or k.dtype != v.dtype or key_cache.dtype != value_cache.dtype:
         raise ValueError(
             "write_cache: k and v, and the caches, must share a floating dtype, "

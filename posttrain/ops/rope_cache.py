@@ -1,12 +1,14 @@
 """Rotary embedding of a step's queries and keys together with the write of its keys and values into the cache.
 
-What `rope` and then `write_cache` do, for decoding: with "cuda" in one launch instead of three (the rotation, the copy
-of the keys, the copy of the values) and without rotated keys in between, which would be written and read once more.
+What `rope` and then `write_cache` do, for decoding: with "cpu" and "cuda" in one pass, without rotated keys in between,
+which would be written and read once more; with "cuda" in one launch instead of three (the rotation, the copy of the
+keys, the copy of the values).
 """
 
 import torch
 from torch import Tensor
 
+from posttrain import _C
 from posttrain.ops.backend import CUDA_DTYPES, backend_for, cuda_device, cuda_kernels, cuda_stream
 from posttrain.ops.library import define
 from posttrain.ops.paged_attention import check_write, write_cache
@@ -29,40 +31,67 @@ def rope_cache(
         slots: int64 `[T]`, page * page_size + offset of each token, no two alike.
 
     Returns:
-        q rotated, `[T, Hq, D]`: of `rope`, as what is in the cache is of `rope` and `write_cache`. With "cpu",
-        "triton" and "reference" it is by them that it is computed.
+        q rotated, `[T, Hq, D]`: of `rope`, as what is in the cache is of `rope` and `write_cache`. With "triton" and
+        "reference", and with "cpu" where the caches have another dtype than q, it is by them that it is computed.
 
     Raises:
-        ValueError: shapes, dtypes or devices that don't fit, with the numbers; with "cuda" also caches of another
-            dtype than q.
+        ValueError: shapes, dtypes or devices that don't fit, with the numbers; tensors that need a gradient; slots out
+            of range on the CPU; with "cuda" also caches of another dtype than q.
     """
     check_rope(q, k, cos, sin, 1)
     check_write(k, v, key_cache, value_cache, slots)
+    if torch.is_grad_enabled() and (q.requires_grad or cos.requires_grad or sin.requires_grad):
+        raise ValueError("rope_cache: has no gradient; call it under torch.no_grad()")
     case = "" if key_cache.dtype == q.dtype else "caches of another dtype"
-    if backend_for("rope_cache", q, case) != "cuda":
+    backend = backend_for("rope_cache", q, case)
+    if case and backend == "cuda":
+        raise ValueError(f"rope_cache: with cuda the caches must have the dtype of q, {q.dtype}; got {key_cache.dtype}")
+    if case or backend not in ("cpu", "cuda"):
         q, k = rope(q, k, cos, sin)
         write_cache(k, v, key_cache, value_cache, slots)
         return q
-    if case:
-        raise ValueError(f"rope_cache: with cuda the caches must have the dtype of q, {q.dtype}; got {key_cache.dtype}")
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, cos, sin)):
-        raise ValueError("rope_cache: has no gradient; call it under torch.no_grad()")
-    return _rope_cache(q, k, v, cos, sin, key_cache, value_cache, slots)
+    return _rope_cache(q, k, v, cos, sin, key_cache, value_cache, slots, backend)
 
 
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slots: Tensor,
+    backend: str,
 ) -> Tensor:
-    heads = [x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v)]
-    cos, sin = (x.to(_angle_dtype(q, cos, sin)).contiguous() for x in (cos, sin))
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    angle_dtype = q.dtype if backend == "cpu" else _angle_dtype(q, cos, sin)
+    cos, sin = (x.to(angle_dtype).contiguous() for x in (cos, sin))
     slots = slots.contiguous()
-    out = _fake(q, k, v, cos, sin, key_cache, value_cache, slots)
+    out = _fake(q, k, v, cos, sin, key_cache, value_cache, slots, backend)
+    if backend == "cpu":
+        _C.rope_cache(
+            q.itemsize,
+            (q.data_ptr(), *q.stride()[:2]),
+            (k.data_ptr(), *k.stride()[:2]),
+            (v.data_ptr(), *v.stride()[:2]),
+            cos.data_ptr(),
+            sin.data_ptr(),
+            slots.data_ptr(),
+            out.data_ptr(),
+            key_cache.data_ptr(),
+            value_cache.data_ptr(),
+            len(q),
+            (q.shape[1], k.shape[1], q.shape[2], cos.shape[1]),
+            key_cache.shape[0] * key_cache.shape[1],
+        )
+        return out
     with cuda_device(q):
         cuda_kernels(q).cuda_rope_cache(
             cuda_stream(q),
             CUDA_DTYPES[q.dtype],
             cos.dtype == torch.float32,
-            *((x.data_ptr(), *x.stride()[:2], x.shape[1]) for x in heads),
+            *((x.data_ptr(), *x.stride()[:2], x.shape[1]) for x in (q, k, v)),
             cos.data_ptr(),
             sin.data_ptr(),
             slots.data_ptr(),
@@ -81,14 +110,14 @@ def _angle_dtype(q: Tensor, cos: Tensor, sin: Tensor) -> torch.dtype:
     return q.dtype if q.dtype == cos.dtype == sin.dtype else torch.float32
 
 
-def _fake(q, k, v, cos, sin, key_cache, value_cache, slots):
+def _fake(q, k, v, cos, sin, key_cache, value_cache, slots, backend):
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
 _rope_cache = define(
     "rope_cache",
     "(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor(a!) key_cache, Tensor(b!) value_cache, "
-    "Tensor slots) -> Tensor",
+    "Tensor slots, str backend) -> Tensor",
     _forward,
     _fake,
 )

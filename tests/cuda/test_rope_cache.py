@@ -87,7 +87,7 @@ def test_any_memory_order_and_a_token_alone(device) -> None:
 
 def test_opcheck_no_tokens_and_one_head(device) -> None:
     x = step(device, torch.float32, 8, 8, heads=(1, 1))
-    torch.library.opcheck(torch.ops.posttrain.rope_cache, tuple(t.nan_to_num() for t in x.values()))
+    torch.library.opcheck(torch.ops.posttrain.rope_cache, (*(t.nan_to_num() for t in x.values()), "cuda"))
     none = {name: t[:0] if len(t) == len(SLOTS) else t for name, t in x.items()}
     assert ops.rope_cache(**none).shape == (0, 1, 8)
 
