@@ -74,6 +74,8 @@ int rope_cache(void* stream, int dtype, bool wide_angles, HeadRows q, HeadRows k
 // out = elements [first, first + count) of the matrix.
 int nf4_dequantize(void* stream, Nf4 w, int64_t first, int64_t count, int dtype, void* out);
 
+// nf4_matvec.cu
+
 // scale (x A^T) B^T for A [ranks, K] and B [N, ranks], of the dtype of x or float32; ranks 0 for none.
 struct Nf4Adapter {
   const void *a, *b;

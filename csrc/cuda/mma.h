@@ -6,6 +6,8 @@
 // elements 2t, 2t+1, 2t+8, 2t+9 for all that the result cares, as long as a and b agree.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/device.h"
 
 namespace posttrain::cuda {
@@ -46,29 +48,21 @@ __device__ inline void multiply_plainly(float (&d)[4], uint4 a, uint2 b) {
 
 // d += a b.
 template <class T>
-__device__ inline void multiply(float (&d)[4], uint4 a, uint2 b);
-
-template <>
-__device__ inline void multiply<__nv_bfloat16>(float (&d)[4], uint4 a, uint2 b) {
+__device__ inline void multiply(float (&d)[4], uint4 a, uint2 b) {
+  static_assert(sizeof(T) == 2);
 #ifdef __CUDA_ARCH__
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b.x), "r"(b.y));
+#define POSTTRAIN_MMA(type)                                                                                        \
+  asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, " \
+      "{%0, %1, %2, %3};"                                                                                          \
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                             \
+      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b.x), "r"(b.y))
+  if constexpr (std::is_same_v<T, __nv_bfloat16>)
+    POSTTRAIN_MMA("bf16");
+  else
+    POSTTRAIN_MMA("f16");
+#undef POSTTRAIN_MMA
 #else
-  multiply_plainly<__nv_bfloat16>(d, a, b);
-#endif
-}
-
-template <>
-__device__ inline void multiply<__half>(float (&d)[4], uint4 a, uint2 b) {
-#ifdef __CUDA_ARCH__
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b.x), "r"(b.y));
-#else
-  multiply_plainly<__half>(d, a, b);
+  multiply_plainly<T>(d, a, b);
 #endif
 }
 

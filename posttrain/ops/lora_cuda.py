@@ -1,8 +1,8 @@
 """LoRA layers by CUDA kernels, where rows are few and launches the cost (formulas: posttrain/ops/lora_products.py).
 
-Up to 16 rows of an NF4 matrix with one adapter are one launch (csrc/cuda/nf4.cu). Where rows name their adapter, the
-base's product is followed by two (csrc/cuda/lora.cu), u = s x A^T and y += u B^T, in which a row meets its own adapter
-only: u is [T, R] in float32, not [T, E R] with zeros.
+Up to 16 rows of an NF4 matrix with one adapter are one launch (csrc/cuda/nf4_matvec.cu). Where rows name their adapter,
+the base's product is followed by two (csrc/cuda/lora.cu), u = s x A^T and y += u B^T, in which a row meets its own
+adapter only: u is [T, R] in float32, not [T, E R] with zeros.
 """
 
 from collections.abc import Sequence

@@ -1,5 +1,5 @@
-"""Launches of csrc/cuda/nf4.cu: NF4 matrices on a GPU, dequantised, or multiplied with up to 16 rows, to which a LoRA
-adapter's part is added in the same launch.
+"""Launches of csrc/cuda/nf4.cu and nf4_matvec.cu: NF4 matrices on a GPU, dequantised, or multiplied with up to 16 rows,
+to which a LoRA adapter's part is added in the same launch.
 
 The blocks of that launch count how many have started and how many are done, in counters that begin and end at 0. They
 belong to a stream, whose launches follow each other. A captured graph may be replayed on any stream, so it has counters
