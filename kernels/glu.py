@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from posttrain.kernels.entry import Entry
+
 BLOCK = 1024
 WARPS = 4
 
@@ -97,7 +99,7 @@ def _grid(x: Tensor) -> tuple[int, int]:
     return x.shape[0], triton.cdiv(x.shape[1], BLOCK)
 
 
-def ahead_of_time() -> Iterator[tuple]:
+def ahead_of_time() -> Iterator[Entry]:
     """The kernels with their production block sizes, for tests/kernels/aot.py."""
     sizes = {"gate_stride": "i32:16", "up_stride": "i32:16", "width": "i32:16"}
     for dtype in ("bf16", "fp32"):

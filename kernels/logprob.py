@@ -1,6 +1,7 @@
 """linear_logprob on a GPU: GEMM and softmax statistics in one kernel (posttrain/ops/logprob.py has the formulas).
 
-The kernels are in logprob_device.py; here are the method, the choice of tiles, and the launches.
+The kernels are in logprob_device.py and logprob_unit_device.py; here are the method, the choice of tiles, and the
+launches. The backward is in logprob_gradient.py.
 
 A program owns a block of targets and a *split* of the vocabulary, a fixed number of column tiles. It computes each
 tile of logits in registers and folds it into the statistics of the tokens other than the target:
@@ -15,15 +16,9 @@ statistics kernel also writes P = e^(z_v - r) for a slab of the vocabulary, and 
 reference r of a target starts at z_y, which is near the maximum for any model worth training, and rises only if some
 logit exceeds it by HEADROOM: then `align_kernel` rescales that target's rows. At the end u takes the factor
 e^(r - lse). Two GEMMs in all.
-
-Backward otherwise: for each slab of the vocabulary one kernel recomputes the logits and writes their gradient in the
-dtype of the inputs; then two library GEMMs, dX += D W in float32 and dW = D^T X, rounded once. A target whose incoming
-gradients are all 0 counts as skipped there: a block of such targets writes zeros without computing logits. The library
-GEMMs keep their size, since nobody waits to learn how many targets are left.
 """
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import replace
 from itertools import product
 from typing import Any, NamedTuple
@@ -33,8 +28,11 @@ import triton
 from torch import Tensor
 
 from posttrain.kernels import logprob_device as kernels
-from posttrain.ops.block_sizes import chosen
-from posttrain.ops.logprob_problem import IGNORED, Grads, Needs, Problem, has_gradient
+from posttrain.kernels import logprob_unit_device as unit_kernels
+from posttrain.kernels.entry import Entry, entry
+from posttrain.ops.backend import cuda_device
+from posttrain.ops.block_sizes import capability_of, chosen, newest
+from posttrain.ops.logprob_problem import Problem
 
 
 class Blocks(NamedTuple):
@@ -69,75 +67,23 @@ INTERPRETER_BLOCKS = Blocks(16, 16, 16, 4, 1)
 
 def logprob_forward(p: Problem, save: str) -> tuple[Tensor, ...]:
     """(logprob, entropy, lse, what rounding took from lse, is_top1, saved); `save` is "none" or "unit" (no adapter)."""
-    p = _row_major(p)
+    p = row_major(p)
     size = len(p.targets)
     logprob, lse, lse_low = p.hidden.new_empty((3, size), dtype=torch.float32)
     entropy = p.hidden.new_empty(size if p.need_entropy else 0, dtype=torch.float32)
     is_top1 = torch.empty_like(p.targets, dtype=torch.uint8)
     results = (logprob, entropy, lse, lse_low, is_top1)
     unit = p.hidden.new_zeros((size, p.hidden.shape[1]) if save == "unit" else 0, dtype=torch.float32)
-    with _on(p.hidden):
+    with cuda_device(p.hidden):
         if save == "unit":
             for part in _parts(p):
                 _forward_with_unit(_part(p, part), unit[part], *(x[part] if len(x) else x for x in results))
         elif size:
-            low = _low(p)
+            low = low_rank(p)
             partials = _partials(p)
             _statistics(p, low, partials, range(len(partials[0])), None)
             _combine(p, partials, _target_logits(p, low), *results, None)
     return logprob, entropy, lse, lse_low, is_top1.view(torch.bool), unit
-
-
-def logprob_backward(
-    p: Problem,
-    grad_logprob: Tensor | None,
-    grad_entropy: Tensor | None,
-    grad_lse: Tensor | None,
-    logprob: Tensor,
-    entropy: Tensor,
-    lse: Tensor,
-    lse_low: Tensor,
-    needs: Needs,
-) -> Grads:
-    """The gradients, from logits that are computed again slab by slab, except where a block of targets has none."""
-    incoming = (grad_logprob, grad_entropy, grad_lse)
-    p = _row_major(p)
-    size, width = len(p.targets), p.hidden.shape[1]
-    with _on(p.hidden):
-        p = replace(p, targets=p.targets.where(has_gradient(p, *incoming), IGNORED))
-        low = _low(p)
-        grad_x = p.hidden.new_zeros((size, width), dtype=torch.float32) if needs.hidden else None
-        grad_low = None if low is None else low.new_zeros(low.shape, dtype=torch.float32)
-        x = _gathered(p) if needs.weight or needs.lora else p.hidden
-        grad_weight = torch.empty_like(p.weight) if needs.weight else None
-        grad_bias = torch.empty_like(p.bias) if p.bias is not None and needs.bias else None
-        grad_b = torch.empty_like(p.lora_b) if p.lora_b is not None and needs.lora else None
-        coefficients = _coefficients(p, *incoming, logprob, entropy, lse, lse_low)
-        for columns, d in _gradient_slabs(p, low, coefficients):
-            if grad_x is not None:
-                _accumulate(grad_x, d, p.weight[columns])
-            if grad_weight is not None:
-                torch.mm(d.T, x, out=grad_weight[columns])
-            if grad_bias is not None:
-                grad_bias[columns] = d.sum(0, dtype=torch.float32)
-            if low is not None and grad_low is not None and p.lora_b is not None:
-                _accumulate(grad_low, d, p.lora_b[columns])
-                if grad_b is not None:
-                    torch.mm(d.T, low, out=grad_b[columns])
-        grad_a = None
-        if p.lora_a is not None and grad_low is not None:
-            grad_low = (grad_low * p.lora_scaling).to(p.hidden.dtype)
-            if grad_x is not None:
-                _accumulate(grad_x, grad_low, p.lora_a)
-            grad_a = torch.mm(grad_low.T, x) if needs.lora else None
-        grad_hidden = None if grad_x is None else _to_rows(p, grad_x)
-    return Grads(grad_hidden, grad_weight, grad_bias, grad_a, grad_b)
-
-
-def unit_backward(grad_logprob: Tensor, unit: Tensor, rows: Tensor | None, num_rows: int, dtype: torch.dtype) -> Tensor:
-    """Gradient of hidden `[num_rows, H]` from the saved unit: sum of g u over each row's targets, in order."""
-    with _on(unit):
-        return _sum_rows(unit, grad_logprob.contiguous(), rows, num_rows, dtype)
 
 
 def blocks(p: Problem) -> Blocks:
@@ -146,14 +92,9 @@ def blocks(p: Problem) -> Blocks:
         return INTERPRETER_BLOCKS
     if p.hidden.dtype == torch.float32:
         return FLOAT_BLOCKS
-    major, minor = torch.cuda.get_device_capability(p.hidden.device)
     plain = p.bias is None and p.softcap is None and not p.need_entropy
-    shipped = _newest(WIDE if plain else NARROW, 10 * major + minor)
+    shipped = newest(WIDE if plain else NARROW, capability_of(p.hidden.device))
     return chosen(f"linear_logprob {'wide' if plain else 'narrow'}", shipped, p.hidden.device)
-
-
-def _newest(table: dict[int, Blocks], capability: int) -> Blocks:
-    return table[max(known for known in table if known <= max(capability, 80))]
 
 
 _Partials = tuple[Tensor, Tensor, Tensor | None]
@@ -171,7 +112,7 @@ def _split_width(p: Problem) -> int:
     return kernels.TILES.value * blocks(p).columns
 
 
-def _new_slab(p: Problem, columns: int) -> Tensor:
+def new_slab(p: Problem, columns: int) -> Tensor:
     """Room for all targets, in whole blocks, and some columns of the vocabulary."""
     rows = blocks(p).rows
     return p.hidden.new_empty(triton.cdiv(len(p.targets), rows) * rows, columns)
@@ -184,11 +125,7 @@ def _partials(p: Problem) -> _Partials:
     return m, s, torch.empty_like(m) if p.need_entropy else None
 
 
-def _on(x: Tensor):
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
-
-
-def _row_major(p: Problem) -> Problem:
+def row_major(p: Problem) -> Problem:
     """The problem with tensors whose rows are contiguous; hidden and weight may keep a row stride."""
     hidden, weight = (x if x.stride(-1) == 1 else x.contiguous() for x in (p.hidden, p.weight))
     others = {name: getattr(p, name) for name in ("targets", "rows", "bias", "lora_a", "lora_b")}
@@ -238,7 +175,7 @@ def _outer(p: Problem) -> float:
     return 1.0 if p.softcap is None else p.softcap / p.temperature
 
 
-def _gemm(p: Problem, low: Tensor | None, b: Blocks) -> dict[str, Any]:
+def gemm_arguments(p: Problem, low: Tensor | None, b: Blocks) -> dict[str, Any]:
     """The arguments and launch options of the kernels that compute tiles of logits."""
     return _head(p, low) | {
         "BLOCK_M": b.rows,
@@ -255,7 +192,7 @@ def _rank_block(p: Problem) -> int:
     return 16 if p.lora_a is None else max(16, min(32, triton.next_power_of_2(len(p.lora_a))))
 
 
-def _low(p: Problem) -> Tensor | None:
+def low_rank(p: Problem) -> Tensor | None:
     """scaling x A^T `[M, R]`, in the dtype of hidden."""
     if p.lora_a is None:
         return None
@@ -280,7 +217,7 @@ def _statistics(p: Problem, low: Tensor | None, partials: _Partials, splits: ran
     """Fill the partials of some splits, and their slab if there is one."""
     b = blocks(p)
     kernels.statistics_kernel[(triton.cdiv(len(p.targets), b.rows) * len(splits),)](
-        **_gemm(p, low, b),
+        **gemm_arguments(p, low, b),
         m_ptr=partials[0],
         s_ptr=partials[1],
         t_ptr=partials[2],
@@ -311,13 +248,13 @@ def _forward_with_unit(p: Problem, unit: Tensor, *results: Tensor) -> None:
     num_splits = len(partials[0])
     step = min(num_splits, max(1, p.memory_budget // (size * split_width * p.hidden.itemsize)))
     tile_reference = z_target.new_empty(step * kernels.TILES.value, size)
-    slab = _Slab(_new_slab(p, step * split_width), z_target.clone(), tile_reference)
+    slab = _Slab(new_slab(p, step * split_width), z_target.clone(), tile_reference)
     for first in range(0, num_splits, step):
         splits = range(first, min(first + step, num_splits))
         _statistics(p, None, partials, splits, slab)
         weight = p.weight[first * split_width : splits.stop * split_width]
         _align(slab, unit, len(weight), blocks(p).columns)
-        _accumulate(unit, slab.p[:size, : len(weight)], weight)
+        accumulate(unit, slab.p[:size, : len(weight)], weight)
     others = torch.empty_like(z_target)
     _combine(p, partials, z_target, *results, others)
     _, _, lse, lse_low, _ = results
@@ -327,102 +264,24 @@ def _forward_with_unit(p: Problem, unit: Tensor, *results: Tensor) -> None:
 def _align(slab: _Slab, unit: Tensor, slab_columns: int, tile: int) -> None:
     """Make everything relative to the highest reference so far."""
     size, width = unit.shape
-    grid = (triton.cdiv(size, kernels.ALIGN["BLOCK_M"]),)
+    grid = (triton.cdiv(size, unit_kernels.ALIGN["BLOCK_M"]),)
     sizes = (size, width, slab.p.stride(0), triton.cdiv(slab_columns, tile))
-    kernels.align_kernel[grid](slab.p, unit, slab.reference, slab.tile_reference, *sizes, BLOCK_V=tile, **kernels.ALIGN)
+    unit_kernels.align_kernel[grid](
+        slab.p, unit, slab.reference, slab.tile_reference, *sizes, BLOCK_V=tile, **unit_kernels.ALIGN
+    )
 
 
 def _finish_unit(p: Problem, unit: Tensor, *per_target: Tensor) -> None:
     """u from its sum, given reference, z_target, lse, lse_low and q."""
     size, width = unit.shape
-    tile = kernels.FINISH_UNIT
+    tile = unit_kernels.FINISH_UNIT
     grid = (triton.cdiv(size, tile["BLOCK_M"]), triton.cdiv(width, tile["BLOCK_H"]))
     sizes = (size, len(p.weight), width, p.weight.stride(0))
     scales = {"outer": _outer(p), "scale": p.logit_scale / p.temperature, "SOFTCAP": p.softcap is not None}
-    kernels.finish_unit_kernel[grid](p.weight, p.targets, unit, *per_target, *sizes, **scales, **tile)
+    unit_kernels.finish_unit_kernel[grid](p.weight, p.targets, unit, *per_target, *sizes, **scales, **tile)
 
 
-def _coefficients(
-    p: Problem,
-    grad_logprob: Tensor | None,
-    grad_entropy: Tensor | None,
-    grad_lse: Tensor | None,
-    logprob: Tensor,
-    entropy: Tensor,
-    lse: Tensor,
-    lse_low: Tensor,
-) -> dict[str, Tensor | None]:
-    """What the gradient of a target's logits depends on besides the logits."""
-    scale = p.logit_scale / p.temperature
-    common, at_target = torch.zeros_like(logprob), torch.zeros_like(logprob)
-    if grad_logprob is not None:
-        common -= grad_logprob
-        at_target -= grad_logprob * torch.expm1(logprob)
-    if grad_lse is not None:
-        common += grad_lse
-        at_target += grad_lse * logprob.exp()
-    if grad_entropy is not None:
-        common -= grad_entropy * entropy
-        at_target -= grad_entropy * logprob.exp() * (logprob + entropy)
-        grad_entropy = grad_entropy * scale
-    return {
-        "lse_ptr": lse,
-        "lse_low_ptr": lse_low,
-        "common_ptr": common * scale,
-        "grad_target_ptr": at_target * scale,
-        "grad_entropy_ptr": grad_entropy,
-    }
-
-
-def _gradient_slabs(
-    p: Problem, low: Tensor | None, coefficients: dict[str, Tensor | None]
-) -> Iterator[tuple[slice, Tensor]]:
-    """Slabs of the vocabulary with the gradient of their raw logits `[M, columns]`; each overwrites the one before."""
-    size = len(p.targets)
-    if size == 0:
-        yield slice(None), p.hidden.new_empty(0, len(p.weight))
-        return
-    b = blocks(p)
-    row_blocks, num_tiles = triton.cdiv(size, b.rows), triton.cdiv(len(p.weight), b.columns)
-    step = min(num_tiles, max(1, p.memory_budget // (size * b.columns * p.hidden.itemsize)))
-    slab = _new_slab(p, step * b.columns)
-    for first_tile in range(0, num_tiles, step):
-        slab_tiles = min(step, num_tiles - first_tile)
-        kernels.gradient_kernel[(row_blocks * slab_tiles,)](
-            **_gemm(p, low, b),
-            **coefficients,
-            d_ptr=slab,
-            d_stride=slab.stride(0),
-            first_tile=first_tile,
-            num_tiles=slab_tiles,
-        )
-        first, last = first_tile * b.columns, min((first_tile + slab_tiles) * b.columns, len(p.weight))
-        yield slice(first, last), slab[:size, : last - first]
-
-
-def _gathered(p: Problem) -> Tensor:
-    return p.hidden if p.rows is None else p.hidden[p.rows]
-
-
-def _to_rows(p: Problem, grad_x: Tensor) -> Tensor:
-    if p.rows is None:
-        return grad_x.to(p.hidden.dtype)
-    return _sum_rows(grad_x, None, p.rows, len(p.hidden), p.hidden.dtype)
-
-
-def _sum_rows(x: Tensor, factor: Tensor | None, rows: Tensor | None, num_rows: int, dtype: torch.dtype) -> Tensor:
-    out = x.new_empty(num_rows, x.shape[1], dtype=dtype)
-    order = ends = None
-    if rows is not None:
-        ordered, order = torch.sort(rows, stable=True)
-        ends = torch.searchsorted(ordered, torch.arange(num_rows, device=x.device), right=True)
-    if out.numel():
-        grid = (num_rows, triton.cdiv(x.shape[1], kernels.SUM_ROWS["BLOCK_H"]))
-        kernels.sum_rows_kernel[grid](x, factor, order, ends, out, x.shape[1], **kernels.SUM_ROWS)
-    return out
-
-
-def _accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
+def accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a b, in float32 whatever the dtype of a and b."""
     if a.dtype == torch.float32:
         total.addmm_(a, b)
@@ -430,27 +289,44 @@ def _accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
         torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
 
 
-def ahead_of_time() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
-    """The GEMM kernels with their production block sizes, for tests/kernels/aot.py."""
+def ahead_of_time() -> Iterator[Entry]:
+    """The kernels with their production block sizes, for tests/kernels/aot.py."""
+    for capability, p, b in problems_ahead_of_time():
+        arguments = gemm_arguments(p, None, b) | {"headroom": HEADROOM[p.hidden.dtype], "ENTROPY": p.need_entropy}
+        arguments |= {"p_ptr": p.hidden, "p_stride": 1024, "first_split": 1, "num_splits": 1}
+        arguments |= {} if p.need_entropy else {"t_ptr": None}
+        yield entry(kernels.statistics_kernel, f"{p.hidden.dtype} {tuple(b)}", arguments, capability=capability)
+    index, half = (torch.empty(16, dtype=dtype, device="meta") for dtype in (torch.int64, torch.bfloat16))
+    arguments = dict.fromkeys(("targets_ptr", "rows_ptr"), index)
+    data = ("hidden_ptr", "weight_ptr", "bias_ptr", "low_ptr", "lora_a_ptr", "lora_b_ptr", "p_ptr")
+    arguments |= dict.fromkeys(data, half) | {"is_top1_ptr": half.new_empty(16, dtype=torch.uint8)}
+    arguments |= dict.fromkeys(("V", "H", "R", "hidden_stride", "weight_stride", "p_stride"), 16)
+    arguments |= dict.fromkeys(("M", "num_splits", "num_tiles"), 1)
+    arguments |= dict.fromkeys(("inner", "outer", "scale", "scaling"), 1.0)
+    arguments |= {"SOFTCAP": True, "ENTROPY": True, "BLOCK_V": 256, "BLOCK_R": 16}
+    for kernel, block in (
+        (kernels.project_kernel, kernels.PROJECT),
+        (kernels.target_logit_kernel, kernels.TARGET_LOGIT),
+        (kernels.combine_kernel, kernels.COMBINE),
+        (unit_kernels.align_kernel, unit_kernels.ALIGN),
+        (unit_kernels.finish_unit_kernel, unit_kernels.FINISH_UNIT),
+    ):
+        yield entry(kernel, "", arguments | block)
+
+
+def problems_ahead_of_time() -> Iterator[tuple[int, Problem, Blocks]]:
+    """(compute capability, problem on the meta device, its tiles) for each kind of tile.
+
+    With softcap, bias, entropy and an H that is no multiple of a tile, or without any of them.
+    """
     for capability, rich in product((80, 89, 90, 100, 120), (False, True)):
-        yield from _gemm_kernels(torch.bfloat16, rich, _newest(NARROW if rich else WIDE, capability), capability)
-    yield from _gemm_kernels(torch.float32, True, FLOAT_BLOCKS, 80)
+        yield capability, _problem_ahead_of_time(torch.bfloat16, rich), newest(NARROW if rich else WIDE, capability)
+    yield 80, _problem_ahead_of_time(torch.float32, True), FLOAT_BLOCKS
 
 
-def _gemm_kernels(
-    dtype: torch.dtype, rich: bool, b: Blocks, capability: int
-) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
-    """`rich` means with softcap, bias, entropy and an H that is no multiple of a tile."""
+def _problem_ahead_of_time(dtype: torch.dtype, rich: bool) -> Problem:
     width = 4112 if rich else 4096
     data = torch.empty(width, width, dtype=dtype, device="meta")
     index = torch.empty(100, dtype=torch.int64, device="meta")
-    bias, softcap, low = data[0] if rich else None, 30.0 if rich else None, data[:, :16]
-    p = Problem(data, data, index, index, bias, None, None, 1.0, 1.0, softcap, 1.0, rich, memory_budget=0)
-    slab = {"p_ptr": data, "p_stride": 1024, "first_split": 1, "num_splits": 1}
-    slab |= {"d_ptr": data, "d_stride": 1024, "first_tile": 1, "num_tiles": 1}
-    slab |= {"headroom": HEADROOM[dtype], "ENTROPY": rich}
-    slab |= {} if rich else {"t_ptr": None, "grad_entropy_ptr": None}
-    statistics, gradient = _gemm(p, None, b), _gemm(replace(p, lora_b=low), low, b)
-    for kernel, arguments in ((kernels.statistics_kernel, statistics), (kernels.gradient_kernel, gradient)):
-        name = f"{kernel.__name__} {dtype} {tuple(b)}"
-        yield kernels.entry(name, kernel, arguments | slab, capability=capability)
+    bias, softcap = data[0] if rich else None, 30.0 if rich else None
+    return Problem(data, data, index, index, bias, None, None, 1.0, 1.0, softcap, 1.0, rich, memory_budget=0)

@@ -13,7 +13,6 @@ library's: the product of rank R first, then the large one adding to it. FUSED s
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -22,8 +21,10 @@ import triton
 from torch import Tensor
 
 from posttrain.kernels import lora_device as kernels
+from posttrain.kernels.entry import Entry, entry
 from posttrain.ops import nf4
-from posttrain.ops.block_sizes import chosen
+from posttrain.ops.backend import cuda_device
+from posttrain.ops.block_sizes import capability_of, chosen, newest
 from posttrain.ops.lora_layer import Layer, Options, flat_b
 from posttrain.ops.lora_products import Bundle, Wanted
 
@@ -105,7 +106,7 @@ def fused(x: Tensor) -> bool:
     """Whether the large products with x are those of the kernel."""
     if not x.is_cuda:
         return True
-    return x.dtype != torch.float32 and len(x) > nf4.MATVEC_ROWS and FUSED[_newest(FUSED, x)]
+    return x.dtype != torch.float32 and len(x) > nf4.MATVEC_ROWS and newest(FUSED, capability_of(x.device))
 
 
 def _low_rank(
@@ -119,7 +120,7 @@ def _low_rank(
     keys = tuple((tuple(s / (1 - options.dropout) for s in layer.scaling), layer.rank) for layer in layers)
     scale, owner = _columns(keys, x.device)
     adapter = None if options.adapter is None else options.adapter.contiguous()
-    with _on(x):
+    with cuda_device(x):
         kernels.low_rank_kernel[triton.cdiv(ranks, block), triton.cdiv(len(x), kernels.LOW_RANK["BLOCK_T"])](
             x, _bytes(dropped), factor, scale, owner, adapter, out,
             *x.shape, ranks, x.stride(0), *factor.stride(), out.stride(0),
@@ -136,7 +137,7 @@ def _outer(low: Tensor, x: Tensor, dropped: Tensor | None) -> Tensor:
     splits = max(1, min(triton.cdiv(rows, SPLIT_ROWS), PROGRAMS // max(1, tiles[0] * tiles[1])))
     total = x.new_empty(splits, ranks, width, dtype=torch.float32)
     if total.numel():
-        with _on(x):
+        with cuda_device(x):
             kernels.outer_kernel[*tiles, splits](
                 low, x, _bytes(dropped), total, *x.shape, ranks, low.stride(0), x.stride(0),
                 triton.cdiv(triton.cdiv(rows, splits), kernels.OUTER["BLOCK_T"]) * kernels.OUTER["BLOCK_T"],
@@ -159,7 +160,7 @@ def _extended(
         return
     x, low = _readable(x), None if low is None else _readable(low.to(x.dtype))
     factor = None if factor is None else factor.to(x.dtype)
-    with _on(x):
+    with cuda_device(x):
         b = _blocks(x)
         grid = (triton.cdiv(len(x), b.rows) * triton.cdiv(len(weight), b.columns),)
         kernels.extended_kernel[grid](**_arguments(x, weight, low, factor, bias, out, add, b))
@@ -238,13 +239,7 @@ def _blocks(x: Tensor) -> Blocks:
     """Tile sizes: they depend on the device and the dtype, never on the number of rows."""
     if not x.is_cuda or x.dtype == torch.float32:
         return SMALL_BLOCKS
-    return chosen("lora_linear", BLOCKS[_newest(BLOCKS, x)], x.device)
-
-
-def _newest(table: dict[int, Any], x: Tensor) -> int:
-    """The newest capability in the table that isn't above that of the device."""
-    major, minor = torch.cuda.get_device_capability(x.device)
-    return max(known for known in table if known <= max(10 * major + minor, 80))
+    return chosen("lora_linear", newest(BLOCKS, capability_of(x.device)), x.device)
 
 
 def _readable(x: Tensor) -> Tensor:
@@ -256,38 +251,27 @@ def _bytes(dropped: Tensor | None) -> Tensor | None:
     return None if dropped is None else dropped.view(torch.uint8)
 
 
-def _on(x: Tensor):
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
-
-
-_Entry = tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]
-
-
-def ahead_of_time() -> Iterator[_Entry]:
+def ahead_of_time() -> Iterator[Entry]:
     """The kernels with their production block sizes, for tests/kernels/aot.py."""
     half = torch.empty(4096, 4096, dtype=torch.bfloat16, device="meta")
     ragged, single = half[:4080, :4080], half.float()
     for capability in (80, 89, 90, 100, 120):
-        yield _extended_entry("dx", half, half.T, 64, _tiles(capability), capability)
-    yield _extended_entry("y", half, half, 16, _tiles(90), 90)
-    yield _extended_entry("ragged dx", ragged, ragged.T, 16, _tiles(90), 90)
+        yield _extended_entry("dx", half, half.T, 64, newest(BLOCKS, capability), capability)
+    yield _extended_entry("y", half, half, 16, BLOCKS[90], 90)
+    yield _extended_entry("ragged dx", ragged, ragged.T, 16, BLOCKS[90], 90)
     yield _extended_entry("float32", single, single, 16, SMALL_BLOCKS, 120)
     mixed, same, wide = (half, torch.float32), (half, torch.bfloat16), (single, torch.float32)
     for capability, (x, dtype) in ((80, wide), (80, mixed), (90, mixed), (120, mixed), (90, same)):
         yield from _rank_entries(x, torch.empty(4096, 64, dtype=dtype, device="meta"), capability)
 
 
-def _tiles(capability: int) -> Blocks:
-    return BLOCKS[max(known for known in BLOCKS if known <= capability)]
-
-
-def _extended_entry(name: str, x: Tensor, weight: Tensor, rank: int, b: Blocks, capability: int) -> _Entry:
+def _extended_entry(name: str, x: Tensor, weight: Tensor, rank: int, b: Blocks, capability: int) -> Entry:
     bias = None if "dx" in name else x[0]
     arguments = _arguments(x, weight, x[:, :rank], weight[:, :rank], bias, x, bias is None, b)
-    return _entry(kernels.extended_kernel, name, arguments, capability=capability)
+    return entry(kernels.extended_kernel, name, arguments, capability=capability)
 
 
-def _rank_entries(x: Tensor, low: Tensor, capability: int) -> Iterator[_Entry]:
+def _rank_entries(x: Tensor, low: Tensor, capability: int) -> Iterator[Entry]:
     """With dropout and several adapters."""
     index = torch.empty(16, dtype=torch.int64, device="meta")
     arguments: dict[str, Any] = {"x_ptr": x, "dropped_ptr": x.to(torch.uint8), "owner_ptr": index, "adapter_ptr": index}
@@ -298,25 +282,4 @@ def _rank_entries(x: Tensor, low: Tensor, capability: int) -> Iterator[_Entry]:
     low_rank_arguments = arguments | kernels.LOW_RANK | {"out_ptr": low}
     outer_arguments = arguments | kernels.OUTER | {"out_ptr": low.float()}
     for kernel, given in ((kernels.low_rank_kernel, low_rank_arguments), (kernels.outer_kernel, outer_arguments)):
-        chosen = {name: value for name, value in given.items() if name in (*kernel.arg_names, "num_stages")}
-        yield _entry(kernel, f"{x.dtype} {low.dtype}", chosen, capability=capability)
-
-
-def _entry(kernel, name: str, arguments: dict[str, Any], **options: int) -> _Entry:
-    """One entry, for a launch with these arguments."""
-    options |= {name: arguments.pop(name) for name in ("num_warps", "num_stages") if name in arguments}
-    scalars = ("T", "M", "N", "K", "R")
-    fixed = [name for name, x in arguments.items() if x is None or (name.isupper() and name not in scalars)]
-    constants = {name: arguments.pop(name) for name in fixed}
-    constants |= {name: x for name, x in arguments.items() if name.endswith(("stride", "depth")) and x == 1}
-    signature = {name: _type(x) for name, x in arguments.items() if name not in constants}
-    return f"{kernel.__name__} {name}", kernel, signature, constants, options
-
-
-def _type(value: Tensor | int) -> str:
-    if isinstance(value, Tensor):
-        return f"{_POINTERS[value.dtype]}:16"
-    return "i32" if value % 16 else "i32:16"
-
-
-_POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int64: "*i64", torch.uint8: "*u8"}
+        yield entry(kernel, f"{x.dtype} {low.dtype}", given, capability=capability)

@@ -10,14 +10,14 @@ BYTES apart, then these sums, in an order that neither the number of the rows of
 """
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from posttrain.kernels.entry import Entry
+from posttrain.ops.backend import cuda_device
 from posttrain.ops.block_sizes import chosen
 from posttrain.ops.nf4 import Parts
 from posttrain.ops.nf4_weight import code_table
@@ -142,7 +142,7 @@ def dequantize(weight: Parts, first: int, out: Tensor) -> None:
     if count:
         blocks = (first + count - 1) // weight.block - first // weight.block + 1
         whole = weight.height * weight.width % weight.block == 0
-        with _on(out):
+        with cuda_device(out):
             dequantize_kernel[(triton.cdiv(blocks, _blocks_together(weight.block)),)](
                 *_matrix(weight), out, first, count, WHOLE=whole, BLOCKS=_blocks_together(weight.block),
                 **_blocks(weight), num_warps=DEQUANTIZE_WARPS,
@@ -163,7 +163,7 @@ def matvec(x: Tensor, weight: Parts, base: Tensor | None, y: Tensor) -> None:
     base = base if base is None or base.stride(-1) == 1 else base.contiguous()
     base_stride = 0 if base is None or base.ndim == 1 else base.stride(0)
     sizes = dict(zip(MATVEC, chosen("nf4_linear", tuple(MATVEC.values()), x.device), strict=True))
-    with _on(x):
+    with cuda_device(x):
         matvec_kernel[triton.cdiv(weight.height, sizes["BLOCK_N"]), triton.cdiv(rows, together)](
             x, *_matrix(weight), base, y, rows, weight.height, weight.width, x.stride(0), base_stride, y.stride(0),
             ODD=odd, ALIGNED=weight.width % weight.block == 0, ROWS=together, **_blocks(weight), **sizes,
@@ -184,11 +184,7 @@ def _blocks_together(block: int) -> int:
     return max(1, DEQUANTIZE_ELEMENTS // block)
 
 
-def _on(x: Tensor):
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
-
-
-def ahead_of_time() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
+def ahead_of_time() -> Iterator[Entry]:
     """The kernels with their production block sizes, for tests/kernels/aot.py."""
     aligned, whole = {"ODD": 0, "ALIGNED": True}, {"BLOCKS": _blocks_together(64), "num_warps": DEQUANTIZE_WARPS}
     yield _compiled(dequantize_kernel, True, whole | {"WHOLE": True}, capability=90)
@@ -198,9 +194,7 @@ def ahead_of_time() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], 
     yield _compiled(matvec_kernel, True, MATVEC | {"ROWS": ODD_ROWS, "ODD": 1, "ALIGNED": False}, capability=120)
 
 
-def _compiled(
-    kernel, nested: bool, constants: dict[str, Any], **options: int
-) -> tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]:
+def _compiled(kernel, nested: bool, constants: dict[str, Any], **options: int) -> Entry:
     """One entry; bfloat16 in and out."""
     constants = {**constants, "BLOCK": 64, "NESTED_BLOCK": 256}
     constants |= {} if nested else dict.fromkeys(("nested_absmax_ptr", "nested_code_ptr", "offset_ptr"))

@@ -17,7 +17,6 @@ scores around 10,000, what the probabilities of the backward need. float64 is sl
 """
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +24,9 @@ import triton
 from torch import Tensor
 
 from posttrain.kernels import packed_attention_device as kernels
-from posttrain.ops.block_sizes import chosen
+from posttrain.kernels.entry import Entry
+from posttrain.ops.backend import cuda_device
+from posttrain.ops.block_sizes import capability_of, chosen, newest
 
 
 class Blocks(NamedTuple):
@@ -85,7 +86,7 @@ def packed_attention_forward(
     lse = q.new_empty(heads, 2, tokens, dtype=torch.float32)
     blocks = _blocks("forward", FLOAT_FORWARD, FORWARD, q, v)
     if q.numel():
-        with _on(q):
+        with cuda_device(q):
             kernels.forward_kernel[heads, triton.cdiv(tokens, blocks.queries)](
                 q, k, v, visible_until, positions, *schedule[:4], q if sinks is None else sinks, out, lse,
                 *_strides(q, k, v), scale, softcap or 1.0, window, tokens, heads, heads // k.shape[1],
@@ -120,7 +121,7 @@ def packed_attention_backward(
     numbers = scale, softcap or 1.0, window, tokens
     dkv, dq = _blocks("dkv", FLOAT_DKV, DKV, q, v), _blocks("dq", FLOAT_DQ, DQ, q, v)
     strides = *_strides(q, k, v), *grad_out.stride()[:2]
-    with _on(q):
+    with cuda_device(q):
         kernels.delta_kernel[heads, triton.cdiv(tokens, DELTA_QUERIES)](
             out, grad_out, delta, *grad_out.stride()[:2], tokens, heads,
             value_width, sizes["BLOCK_VALUE_WIDTH"], DELTA_QUERIES,
@@ -134,10 +135,6 @@ def packed_attention_backward(
             *strides, *numbers, heads, heads // key_heads, *options, **sizes, **_launch(dq),
         )  # fmt: skip
     return grad_q, grad_k, grad_v, delta
-
-
-def _on(x: Tensor):
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def _readable(x: Tensor) -> Tensor:
@@ -180,15 +177,11 @@ def _blocks(
     width = 64 if width <= 64 else 128 if width <= 128 else 256
     if q.dtype == torch.float32:
         return float_blocks[width]
-    major, minor = torch.cuda.get_device_capability(q.device) if q.is_cuda else (8, 0)
-    return chosen(f"packed_attention {kernel} {width}", _newest(blocks, 10 * major + minor)[width], q.device)
+    capability = capability_of(q.device) if q.is_cuda else 80
+    return chosen(f"packed_attention {kernel} {width}", newest(blocks, capability)[width], q.device)
 
 
-def _newest(table: dict[int, dict[int, Blocks]], capability: int) -> dict[int, Blocks]:
-    return table[max(known for known in table if known <= max(capability, 80))]
-
-
-def ahead_of_time() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
+def ahead_of_time() -> Iterator[Entry]:
     """The kernels with their production block sizes, for tests/kernels/aot.py."""
     for kernel, half, single in (
         (kernels.forward_kernel, FORWARD, FLOAT_FORWARD),
@@ -196,7 +189,7 @@ def ahead_of_time() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], 
         (kernels.dq_kernel, DQ, FLOAT_DQ),
     ):
         for capability in half:
-            blocks = _newest(half, capability)
+            blocks = newest(half, capability)
             yield _compiled(kernel, "bf16", 64, blocks[64], capability)
             yield _compiled(kernel, "bf16", 128, blocks[128], capability)
             yield _compiled(kernel, "bf16", 256, blocks[256], capability, "window softcap")  # Gemma 2
@@ -204,16 +197,14 @@ def ahead_of_time() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], 
             if kernel is kernels.forward_kernel:
                 yield _compiled(kernel, "bf16", 64, blocks[64], capability, "window sinks")  # GPT-OSS
         for width in (64, 128, 256):
-            yield _compiled(kernel, "bf16", width, _newest(half, 89)[width], 89)  # block sizes of an older one
+            yield _compiled(kernel, "bf16", width, newest(half, 89)[width], 89)  # block sizes of an older one
         for width, blocks in single.items():  # on sm_90, where float32 spills first
             yield _compiled(kernel, "fp32", width, blocks, 90, "softcap sinks")
     sizes = {"VALUE_WIDTH": 128, "BLOCK_VALUE_WIDTH": 128, "QUERIES": DELTA_QUERIES}
     yield "delta_kernel", kernels.delta_kernel, _signature(kernels.delta_kernel, "bf16", sizes), sizes, {"num_warps": 4}
 
 
-def _compiled(
-    kernel, dtype: str, width: int, blocks: Blocks, capability: int, features: str = ""
-) -> tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]:
+def _compiled(kernel, dtype: str, width: int, blocks: Blocks, capability: int, features: str = "") -> Entry:
     """One entry."""
     constants = {name: name.lower() in features for name in ("SOFTCAP", "WINDOW", "SINKS")}
     constants |= _sizes(width, width) | _launch(blocks)

@@ -12,7 +12,6 @@ nothing is planned. Where they have other pages each has a tile, and what happen
 """
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +19,8 @@ import triton
 from torch import Tensor
 
 from posttrain.kernels import paged_attention_device as kernels
+from posttrain.kernels.entry import Entry
+from posttrain.ops.backend import cuda_device
 from posttrain.ops.block_sizes import chosen
 
 SPLIT = 512
@@ -71,7 +72,7 @@ def attend(
     parts = [q.new_empty(tokens * heads * splits * size * decode, dtype=torch.float32) for size in (width, 1, 1)]
     sinks_or_any = q if sinks is None else sinks.contiguous()
     constants = {"SINKS": sinks is not None, "WIDTH": width, "BLOCK_WIDTH": _power(width), "SPLIT": SPLIT}
-    with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
+    with cuda_device(q):
         kernels.attend_kernel[tokens if decode else len(tiles[1]), key_heads, splits](
             q, key_cache, value_cache, block_table, context_lens, *tiles, sinks_or_any, out, *parts,
             *q.stride()[:2], *key_cache.stride()[:3], *value_cache.stride()[:3], block_table.stride(0),
@@ -121,7 +122,7 @@ def _blocks(q: Tensor, group: int, decode: bool) -> Blocks:
     return blocks._replace(rows=max(blocks.rows, _power(group)))
 
 
-def ahead_of_time() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
+def ahead_of_time() -> Iterator[Entry]:
     """The kernels with their production block sizes, for tests/kernels/aot.py."""
     for decode, half, single in ((True, DECODE, FLOAT_DECODE), (False, CHUNK, FLOAT_CHUNK)):
         for width, blocks in half.items():
@@ -135,9 +136,7 @@ def ahead_of_time() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], 
     yield "merge_kernel", kernels.merge_kernel, _signature(kernels.merge_kernel, "bf16", sizes), sizes, {"num_warps": 1}
 
 
-def _compiled(
-    dtype: str, width: int, blocks: Blocks, decode: bool, features: str
-) -> tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]:
+def _compiled(dtype: str, width: int, blocks: Blocks, decode: bool, features: str) -> Entry:
     """One entry, for groups of 4 heads and pages of 16."""
     constants: dict[str, Any] = {name: name in features for name in ("SOFTCAP", "WINDOW", "SINKS")}
     constants |= {"GROUP": 4, "DECODE": decode, "WIDTH": width, "BLOCK_WIDTH": width, "PAGE": 16, "SPLIT": SPLIT}

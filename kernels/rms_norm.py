@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from posttrain.kernels.entry import Entry
+
 WARPS = 16
 
 
@@ -155,7 +157,7 @@ def _backward_tile(width: int) -> dict[str, int]:
     return {"ROWS": 4096 // chunk, "CHUNK": chunk}
 
 
-def ahead_of_time() -> Iterator[tuple]:
+def ahead_of_time() -> Iterator[Entry]:
     """The kernels with their production block sizes, for tests/kernels/aot.py."""
     options = {"num_warps": WARPS}
     sizes = {"rows": "i32", "width": "i32:16"}

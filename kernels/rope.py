@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from posttrain.kernels.entry import Entry
+
 HEADS = 16
 WARPS = 4
 
@@ -168,7 +170,7 @@ def turn(inputs: Sequence[Tensor], outputs: Sequence[Tensor], cos: Tensor, sin: 
     )
 
 
-def ahead_of_time() -> Iterator[tuple]:
+def ahead_of_time() -> Iterator[Entry]:
     """The kernel with its production block sizes, for tests/kernels/aot.py."""
     views = [f"{x}_{dim}" for x in ("q", "k", "q_out", "k_out") for dim in ("batch", "head", "token")]
     sizes = ["angle_batch", "tokens", "q_heads", "k_heads", "half", "width"]

@@ -7,13 +7,13 @@ bit by bit, since top_p is a share of the weight that top_k leaves.
 """
 
 from collections.abc import Iterator
-from contextlib import nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from posttrain.kernels import sample_device as kernels
+from posttrain.kernels.entry import Entry
+from posttrain.ops.backend import cuda_device
 
 BLOCK, WARPS = 1024, 8  # larger blocks spill a register on some architecture
 
@@ -32,14 +32,14 @@ def sample_rows(
     parameters = [x.contiguous() for x in (temperature, top_k, top_p, min_p, seeds, offsets)]
     tokens, logprobs = torch.empty_like(parameters[4]), logits.new_empty(len(logits), dtype=torch.float32)
     if len(logits):
-        with torch.cuda.device(logits.device) if logits.is_cuda else nullcontext():
+        with cuda_device(logits):
             kernels.sample_kernel[(len(logits),)](
                 logits, *parameters, tokens, logprobs, logits.stride(0), logits.shape[1], BLOCK=BLOCK, num_warps=WARPS
             )
     return tokens, logprobs
 
 
-def ahead_of_time() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
+def ahead_of_time() -> Iterator[Entry]:
     """The kernel with its production block size, for tests/kernels/aot.py."""
     types = dict.fromkeys(("temperature", "top_p", "min_p", "logprobs"), "*fp32:16")
     types |= dict.fromkeys(("top_k", "seeds", "offsets", "tokens"), "*i64:16")

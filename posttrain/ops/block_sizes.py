@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 import torch
 
 Sizes = TypeVar("Sizes", bound=tuple[int, ...])
+Row = TypeVar("Row")
 _tried: dict[str, tuple[int, ...]] = {}
 
 
@@ -50,6 +51,17 @@ def try_sizes(name: str, sizes: tuple[int, ...] | None) -> None:
         _tried.pop(name, None)
     else:
         _tried[name] = sizes
+
+
+def newest(table: Mapping[int, Row], capability: int) -> Row:
+    """The row of a table by compute capability (90 for sm_90): of the newest that isn't above this one."""
+    return table[max(known for known in table if known <= max(capability, 80))]
+
+
+def capability_of(device: torch.device) -> int:
+    """The compute capability of a GPU, as 90 for sm_90."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 @cache

@@ -200,7 +200,7 @@ def _gradient(grad_logprob, grad_entropy, grad_lse, logprob, entropy, lse, lse_l
         if save == "unit" and grad_entropy is None and grad_lse is None:
             grads = Grads(_unit_gradient(p, grad_logprob, saved, backend), None, None, None, None)
         elif backend == "triton":
-            from posttrain.kernels.logprob import logprob_backward
+            from posttrain.kernels.logprob_gradient import logprob_backward
 
             grads = logprob_backward(p, *incoming, *results, Needs(*needs))
         else:
@@ -211,7 +211,7 @@ def _gradient(grad_logprob, grad_entropy, grad_lse, logprob, entropy, lse, lse_l
 
 def _unit_gradient(p: Problem, grad_logprob: Tensor, unit: Tensor, backend: str) -> Tensor:
     if backend == "triton":
-        from posttrain.kernels.logprob import unit_backward
+        from posttrain.kernels.logprob_gradient import unit_backward
 
         return unit_backward(grad_logprob, unit, p.rows, len(p.hidden), p.hidden.dtype)
     return logprob_tiled.unit_backward(_contiguous(p), grad_logprob, unit)

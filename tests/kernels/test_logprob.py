@@ -8,8 +8,9 @@ import torch
 from tolerance import HALF, assert_as_good_as, assert_true_to
 
 from posttrain.kernels import logprob as kernels
-from posttrain.kernels import logprob_device as device
-from posttrain.kernels.logprob import Blocks, logprob_backward, logprob_forward, unit_backward
+from posttrain.kernels import logprob_gradient_device as gradient_device
+from posttrain.kernels.logprob import Blocks, logprob_forward
+from posttrain.kernels.logprob_gradient import logprob_backward, unit_backward
 from posttrain.ops import linear_logprob, reference, use_backend
 from posttrain.ops.logprob_problem import Needs, Problem
 
@@ -175,7 +176,7 @@ def test_targets_without_gradient(triton_device):
 
 @pytest.mark.skipif(ON_GPU, reason="a compiled kernel doesn't tell whether it computed logits")
 def test_blocks_without_gradient_compute_no_logits(monkeypatch, triton_device):
-    logits, calls = device._logits, []
+    logits, calls = gradient_device.logits_tile, []
 
     def counted(*args):
         calls.append(args)
@@ -184,7 +185,7 @@ def test_blocks_without_gradient_compute_no_logits(monkeypatch, triton_device):
     case = Case(n=64, v=40, rows=False, ignored=())
     p = case.problem(torch.float32, triton_device)
     *results, _, _ = logprob_forward(p, "none")
-    monkeypatch.setattr(device, "_logits", counted)
+    monkeypatch.setattr(gradient_device, "logits_tile", counted)
     tiles = -(-case.v // kernels.INTERPRETER_BLOCKS.columns)
     for inactive, row_blocks in ((range(0), 4), (range(16, 60), 2), (range(64), 0)):
         incoming = case.incoming.float()
