@@ -1,14 +1,21 @@
 """rope on the CPU: true to the reference and to transformers, without copies, clear about wrong arguments."""
 
+from functools import partial
+from importlib import import_module
+
 import pytest
 import torch
 from tolerance import HALF, assert_true_to, assert_unbiased, check
 from torch import Tensor
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
-from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb as apply_partial_rotary_pos_emb
 
 from posttrain import ops
 from posttrain.ops import reference
+
+
+def by_transformers(family: str, *arguments: Tensor) -> tuple[Tensor, Tensor]:
+    """What the models of `family` compute; imported here, since tests/ops/test_simd.py needs this file without them."""
+    models = import_module(f"transformers.models.{family}.modeling_{family}")
+    return models.apply_rotary_pos_emb(*arguments)
 
 
 def operands(
@@ -71,10 +78,10 @@ def test_agrees_in_every_layout() -> None:
 
 def test_is_what_transformers_computes() -> None:
     q, k, cos, sin = operands(50)
-    for ours, theirs in zip(ops.rope(q, k, cos, sin), apply_rotary_pos_emb(q, k, cos, sin), strict=True):
+    for ours, theirs in zip(ops.rope(q, k, cos, sin), by_transformers("llama", q, k, cos, sin), strict=True):
         torch.testing.assert_close(ours, theirs)
     q, k, cos, sin = operands(50, width=96, rotated=72)
-    for ours, theirs in zip(ops.rope(q, k, cos, sin), apply_partial_rotary_pos_emb(q, k, cos, sin), strict=True):
+    for ours, theirs in zip(ops.rope(q, k, cos, sin), by_transformers("phi3", q, k, cos, sin), strict=True):
         torch.testing.assert_close(ours, theirs)
 
 
@@ -128,7 +135,7 @@ def test_half_precision_is_as_good_as_transformers(dtype, angles_in) -> None:
         lambda q, k: ops.rope(q, k, cos, sin),
         lambda q, k: reference.rope(q, k, cos.float(), sin.float()),
         [q, k],
-        lambda q, k: apply_rotary_pos_emb(q, k, cos.to(dtype), sin.to(dtype)),
+        lambda q, k: by_transformers("llama", q, k, cos.to(dtype), sin.to(dtype)),
     )
 
 
@@ -181,7 +188,7 @@ def test_errors_have_no_side() -> None:
 
     assert_unbiased(
         lambda seed: turned(ops.rope, seed, torch.float32),
-        lambda seed: turned(apply_rotary_pos_emb, seed, torch.float32),
+        lambda seed: turned(partial(by_transformers, "llama"), seed, torch.float32),
         lambda seed: turned(reference.rope, seed, torch.float64),
     )
 
