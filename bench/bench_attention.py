@@ -12,7 +12,7 @@ import torch
 
 from posttrain.bench import attention_peers as peers
 from posttrain.bench.case import BOTH, FORWARD
-from posttrain.bench.cases.attention import PEERS, problem
+from posttrain.bench.cases.attention import PEERS, problem, work
 from posttrain.bench.device import GPU
 from posttrain.bench.interleave import interleave
 from posttrain.bench.measure import OURS, PLAIN, Call, calls_of
@@ -96,7 +96,8 @@ def test_shared_prompt(kind, publish) -> None:
     ],
 )
 def test_rate(name, lengths, parents, report) -> None:
-    forest = problem((32, 8), 128, lengths, parents)
+    shape = ((32, 8), 128, lengths, parents)
+    forest, least = problem(*shape), work(*shape)
     tensors, incoming = forest.arguments, torch.randn_like(forest.arguments[0])
 
     def forward() -> None:
@@ -109,6 +110,6 @@ def test_rate(name, lengths, parents, report) -> None:
     facts = {}
     for kind, function in ((FORWARD, forward), (BOTH, both)):
         seconds = interleave({kind: function}, kind, rounds=ROUNDS).seconds[kind].median
-        facts[f"{kind} TFLOP/s"] = forest.work[kind].flops / seconds / 1e12
+        facts[f"{kind} TFLOP/s"] = least[kind].flops / seconds / 1e12
         facts[f"{kind} tokens/s"] = sum(lengths) / seconds
     report(f"attention-rate-{name}", [f"attention, {name}", *(f"  {k}: {v:.4g}" for k, v in facts.items())], **facts)

@@ -26,7 +26,7 @@ def hold_to_target(publish: Callable[..., None], name: str, case: Case) -> None:
     problem = case.make()
     calls, missing = calls_of(problem, case.peers, BOTH)
     first = problem.arguments[0]
-    calls["copying as many bytes"] = copies(problem.work[BOTH].moved / first.nbytes, first)
+    calls["copying as many bytes"] = copies(case.work[BOTH].moved / first.nbytes, first)
     comparison = interleave(calls, PLAIN, rounds=21)
     publish(name, str(case), comparison, target=TARGET, **missing)
     assert comparison.speedup[OURS].median >= TARGET

@@ -61,7 +61,6 @@ class Problem:
         arguments: of all functions; tensors that require a gradient get one in the backward.
         ours: the op.
         plain: what transformers or PyTorch does, in any floating dtype: the yardstick, and in a wider dtype the truth.
-        work: by pass; a problem without a backward has only a forward.
         context: what peers want to know beside the arguments.
         checked: makes of arguments in the wider dtype and of a function's output the tensors that must agree with
             those of the truth; by default the output as it is.
@@ -71,7 +70,6 @@ class Problem:
     arguments: Arguments
     ours: Function
     plain: Function
-    work: Mapping[str, Work]
     context: SimpleNamespace = field(default_factory=SimpleNamespace)
     checked: Callable[[Arguments, Any], Sequence[Tensor]] | None = None
     truth: Callable[[], Sequence[Tensor]] | None = None
@@ -86,7 +84,7 @@ class Case:
         title: the shape in words.
         need: bytes that the arguments, the truth and the most wasteful function take.
         make: makes the problem.
-        passes: those of the problem's `work`.
+        work: by pass; a case without a backward has only a forward.
         peers: functions of others, by name.
         axis, size: in the suite scaling the name of the size that grows, and the size.
     """
@@ -95,13 +93,22 @@ class Case:
     title: str
     need: float
     make: Callable[[], Problem]
-    passes: tuple[str, ...]
+    work: Mapping[str, Work]
     peers: Mapping[str, Callable[[Problem], Way | Function]] = field(default_factory=dict)
     axis: str | None = None
     size: int | None = None
 
     def __str__(self) -> str:
         return f"{self.op} {self.title}"
+
+    @property
+    def passes(self) -> tuple[str, ...]:
+        """Names of the passes."""
+        return tuple(self.work)
+
+    def only(self, name: str) -> "Case":
+        """The case with one of its passes."""
+        return replace(self, work={name: self.work[name]})
 
 
 def randn(*shape: int, scale: float = 1.0, grad: bool = False) -> Tensor:

@@ -32,9 +32,13 @@ class Roofline(NamedTuple):
     copy: float
     gemm: float
 
+    def least(self, flops: float, moved: float) -> float:
+        """Seconds that work of `flops` operations and `moved` bytes takes at least."""
+        return max(flops / self.gemm, moved / self.copy)
+
     def share(self, flops: float, moved: float, seconds: float) -> float:
         """Share of the roofline that work of `flops` operations and `moved` bytes reaches in `seconds`."""
-        return max(flops / self.gemm, moved / self.copy) / seconds
+        return self.least(flops, moved) / seconds
 
 
 def measure_roofline() -> Roofline:

@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+FEWEST = 3  # rounds, if there are to be more
+
 
 @dataclass(frozen=True)
 class Spread:
@@ -89,18 +91,24 @@ def alternate(
     rounds: int = 15,
     min_seconds: float = 0.005,
     keep_freed_memory: bool = True,
+    seconds: float = math.inf,
 ) -> dict[str, list[float]]:
     """Seconds per call of `functions`, each of which takes no argument, by name and round.
 
     A sample is one call, or as many calls as last `min_seconds`. Every function is called before, twice if a call
-    takes less than a second. Once freed memory is kept, it is for the rest of the process.
+    takes less than a second. Where `rounds` would take more than `seconds`, there are fewer, but at least three. Once
+    freed memory is kept, it is for the rest of the process.
     """
     if keep_freed_memory:
         _keep_freed_memory()
-    calls = {}
+    calls, whole = {}, 0.0
     for name, function in functions.items():
         first = _sample(function, 1)
-        calls[name] = 1 if first > 1 else max(1, math.ceil(min_seconds / _sample(function, 1)))
+        last = first if first > 1 else _sample(function, 1)
+        calls[name] = max(1, math.ceil(min_seconds / last))
+        whole += calls[name] * last
+    if rounds * whole > seconds:
+        rounds = min(rounds, max(FEWEST, int(seconds / whole)))
     names = list(functions)
     samples: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(rounds):

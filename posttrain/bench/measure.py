@@ -7,6 +7,9 @@ plain PyTorch in the same dtype, plus twice the rounding of the result. Of other
 more than 2% of the largest, so that a peer that computes in a coarser dtype stays in the table, with its error beside
 its speed.
 
+A case has `Suite.seconds`. One that would take longer even at the device's best rates isn't begun, and one whose rounds
+would take longer has fewer, so that a run ends.
+
 All who are right take turns in one process; before every call, whoever's it is, the arguments move on to a copy that
 caches have forgotten. `calls_of` is for comparisons that time the same arguments again and again.
 """
@@ -33,13 +36,14 @@ from posttrain.bench.case import (
     outputs_of,
     tensors_of,
 )
-from posttrain.bench.device import ROTATED, WIDER, cache_bytes, free_bytes
+from posttrain.bench.device import ROTATED, WIDER, Roofline, cache_bytes, free_bytes
 from posttrain.bench.interleave import Comparison, alternate
 from posttrain.bench.memory import peak_of
 from posttrain.bench.peers import Makers
 
 OURS, PLAIN = "posttrain", "plain PyTorch"
 Call = Callable[[], object]
+_CALLS = 16  # of ours and of plain PyTorch before and in the fewest rounds, the truth counted as two
 COARSE = 0.02  # of the largest value, the most by which a peer may be off
 
 
@@ -77,25 +81,53 @@ class Table:
     missing: dict[str, str]
 
 
-def measure(case: Case, rounds: int, peers: bool = False) -> dict[str, Table]:
-    """The tables of a case, by pass. Raises `NotMeasured` without room, or if our function is wrong."""
+def least_seconds(case: Case, roofline: Roofline) -> float:
+    """What a case takes at the device's best rates: the gate and the fewest rounds of ours and of plain PyTorch."""
+    return _CALLS * sum(roofline.least(*work) for work in case.work.values())
+
+
+def measure(
+    case: Case, rounds: int, peers: bool = False, roofline: Roofline | None = None, seconds: float = math.inf
+) -> dict[str, Table]:
+    """The tables of a case, by pass.
+
+    Args:
+        case: what to measure.
+        rounds: samples of each function.
+        peers: whether others' functions are measured, too.
+        roofline: the device's best rates, by which it is reckoned whether `seconds` are enough.
+        seconds: that the case may take. The rounds of each pass are kept within its part of them; the gate isn't.
+
+    Raises:
+        NotMeasured: without room or time, or if our function is wrong.
+    """
     free = free_bytes()
     if case.need > free:
         raise NotMeasured(f"needs {case.need / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free")
+    if roofline and (least := least_seconds(case, roofline)) > seconds:
+        raise NotMeasured(f"would take {least:.0f} s at the rates of the roofline, and a case may take {seconds:.0f} s")
     torch.manual_seed(0)
     try:
-        return _tables(case, rounds, peers)
+        return _tables(case, rounds, peers, seconds / len(case.passes))
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise NotMeasured(f"out of memory, where {case.need / 2**30:.1f} GiB were reckoned with") from error
 
 
-def _tables(case: Case, rounds: int, peers: bool) -> dict[str, Table]:
+def _tables(case: Case, rounds: int, peers: bool, seconds: float) -> dict[str, Table]:
     problem = case.make()
     ways, absent = _ways(problem, case.peers if peers else {})
     missing = {name: dict(absent) for name in case.passes}
     right = {name: _gate(problem, name, ways, missing[name]) for name in case.passes}
     sets = _sets(problem)
-    return {name: _table(problem, name, right[name], ways, sets, rounds, missing[name]) for name in case.passes}
+    tables = {}
+    for name in case.passes:
+        calls = _calls(ways, right[name], sets, name, missing[name])
+        gc.collect()
+        peaks = {who: peak_of(call) for who, call in calls.items()}
+        samples = alternate(calls, rounds, seconds=seconds)
+        columns = {who: Column(samples[who], right[name][who], peaks[who]) for who in calls}
+        tables[name] = Table(*case.work[name], columns, Comparison.of(PLAIN, samples), missing[name])
+    return tables
 
 
 def calls_of(problem: Problem, peers: Makers, name: str) -> tuple[dict[str, Call], dict[str, str]]:
@@ -208,24 +240,6 @@ def _sets(problem: Problem) -> list[Arguments]:
     size = max(1, sum(x.nbytes for x in tensors_of(problem.arguments)))
     room = min(2 * cache_bytes(), ROTATED, free_bytes() // 4)
     return [problem.arguments, *(copied(problem.arguments) for _ in range(min(64, room // size)))]
-
-
-def _table(
-    problem: Problem,
-    name: str,
-    errors: Mapping[str, float],
-    ways: Mapping[str, Way],
-    sets: list[Arguments],
-    rounds: int,
-    missing: dict[str, str],
-) -> Table:
-    calls = _calls(ways, errors, sets, name, missing)
-    gc.collect()
-    peaks = {way_name: peak_of(call) for way_name, call in calls.items()}
-    samples = alternate(calls, rounds)
-    columns = {key: Column(samples[key], errors[key], peaks[key]) for key in calls}
-    work = problem.work[name]
-    return Table(work.flops, work.moved, columns, Comparison.of(PLAIN, samples), missing)
 
 
 def _calls(

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.bench.measure import OURS
-from posttrain.bench.report import SCALING_SUITE, Device, date, overview
-from posttrain.bench.results import ResultError, Run, read
+from posttrain.bench.report import SCALING_SUITE, overview
+from posttrain.bench.results import ResultError, Run, date, merged, read
 
 _MARKED = re.compile(
     r"^(<!-- bench:(\S+) (\S+) -->\n)((?:(?!<!-- bench:).)*?)^(<!-- /bench -->)", re.DOTALL | re.MULTILINE
@@ -234,8 +234,8 @@ def _overview(results: Results) -> Rows:
     every = [read(path) for path in results.folder.glob("*.json")]
     runs = sorted((run for run in every if run.machine.get("suite", SCALING_SUITE) != SCALING_SUITE), key=date)
     empty = Run(results.folder, {}, {}, {})
-    merged = Device(runs[-1].device, runs, []).merged(runs[-1].machine["suite"]) if runs else empty
-    head, rows = overview(merged)
+    last = [run for run in runs if run.machine["suite"] == runs[-1].machine["suite"]]
+    head, rows = overview(merged(last) if last else empty)
     return [head, *rows]
 
 

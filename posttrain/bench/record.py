@@ -71,18 +71,19 @@ def results_folder() -> Path:
     return ours if os.access(ours, os.W_OK) else Path("bench/results")
 
 
-def earlier_run(suite: str) -> Path | None:
-    """The newest run of this suite on this device: of those that are committed, if we are in a checkout."""
+def earlier_runs(suite: str) -> list[Path]:
+    """Runs of this suite on this device, oldest first: of those that are committed, if we are in a checkout."""
     folder = device_folder()
     tracked = _git("ls-files", str(folder.resolve()))
     files = [_ROOT / name for name in tracked.splitlines()] if tracked else list(folder.glob("*.json"))
-    return newest([path for path in files if path.exists()], suite)
+    return runs_of([path for path in files if path.exists()], suite)
 
 
-def newest(files: Iterable[Path], suite: str = "*") -> Path | None:
-    """The newest file of a run of this suite, by the date that its name begins with."""
-    runs = [path for path in files if fnmatch(path.name, f"[0-9][0-9][0-9][0-9]-*-{suite}.json")]
-    return max(runs, key=lambda path: path.name, default=None)
+def runs_of(files: Iterable[Path], suite: str | None = None) -> list[Path]:
+    """The files of runs of a suite, by default of the one that ran last, oldest first by the date in their names."""
+    found = [path for path in files if fnmatch(path.name, f"[0-9][0-9][0-9][0-9]-*-{suite or '*'}.json")]
+    runs = sorted(found, key=lambda path: path.name)
+    return runs if suite or not runs else runs_of(runs, runs[-1].stem.rsplit("-", 1)[1])
 
 
 def circumstances() -> dict[str, Any]:

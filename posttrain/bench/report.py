@@ -15,7 +15,7 @@ from posttrain.bench.interleave import Spread
 from posttrain.bench.measure import OURS, PLAIN
 from posttrain.bench.page import Number, charts, page, row, table
 from posttrain.bench.plots import memory_plot, roofline_plot, scaling_plots, share_plot, speed_plot
-from posttrain.bench.results import Figure, Key, ResultError, Run, read
+from posttrain.bench.results import Figure, Key, ResultError, Run, date, merged, read
 
 SCALING_SUITE = "scaling"
 _MEGABYTE = 1 << 20
@@ -39,23 +39,8 @@ class Device:
         return [run for run in self.runs if run.machine["suite"] == suite]
 
     def merged(self, suite: str) -> Run:
-        """The newest figures of a suite, and of each op what the newest run of it left out, as if of one run."""
-        runs = self.of(suite)
-        figures = {key: figure for run in runs for key, figure in run.figures.items()}
-        extra = {key: facts for run in runs for key, facts in run.extra.items()}
-        left_out: dict[str, list[str]] = {}
-        for run in runs:
-            left_out |= _left_out_of(run)
-        reasons = sorted(reason for own in left_out.values() for reason in own)
-        return Run(runs[-1].path, runs[-1].machine | {"left_out": reasons}, figures, extra)
-
-
-def _left_out_of(run: Run) -> dict[str, list[str]]:
-    """By op that a run measured or meant to: "op: why" or "op case: why"."""
-    reasons: dict[str, list[str]] = {key.op: [] for key in run.figures}
-    for reason in run.machine.get("left_out", []):
-        reasons.setdefault(reason.split(maxsplit=1)[0].rstrip(":"), []).append(reason)
-    return reasons
+        """The newest figures of a suite, as if of one run."""
+        return merged(self.of(suite))
 
 
 def devices(folder: Path) -> list[Device]:
@@ -70,11 +55,6 @@ def devices(folder: Path) -> list[Device]:
         suites = [run for run in own if "suite" in run.machine]
         found.append(Device(name, suites, [run for run in own if "suite" not in run.machine and run.figures]))
     return found
-
-
-def date(run: Run) -> str:
-    """When it was recorded, in a form that sorts; "" if the file doesn't say."""
-    return run.machine.get("date", "")
 
 
 def write_report(folder: Path, path: Path) -> list[Device]:

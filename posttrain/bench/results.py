@@ -1,12 +1,13 @@
 """Read what was recorded: runs of `posttrain bench`, and the comparisons of `make bench` as files of their own."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from posttrain.bench.interleave import Spread
-from posttrain.bench.record import newest
+from posttrain.bench.record import runs_of
 
 
 class ResultError(ValueError):
@@ -63,15 +64,15 @@ class Run:
 
 
 def read(name: str | Path) -> Run:
-    """The results in a file, or in the newest file of a run in a folder. Raises `ResultError`."""
+    """The results in a file, or in a folder those of the suite that ran last there. Raises `ResultError`."""
     path = Path(name)
     if not path.exists():
         raise ResultError(f"{path}: no such file or folder")
     if path.is_dir():
-        found = newest(path.glob("*.json"))
-        if found is None:
+        runs = [read(each) for each in runs_of(path.glob("*.json"))]
+        if not runs:
             raise ResultError(f"{path}: no results of posttrain bench in this folder")
-        path = found
+        return merged(runs)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
@@ -80,6 +81,38 @@ def read(name: str | Path) -> Run:
         return _run(path, content) if "benchmarks" in content else _comparison(path, content)
     except (KeyError, TypeError, AttributeError) as error:
         raise ResultError(f"{path}: not a result of posttrain bench: {type(error).__name__} {error}") from error
+
+
+def date(run: Run) -> str:
+    """When it was recorded, in a form that sorts; "" if the file doesn't say."""
+    return run.machine.get("date", "")
+
+
+def merged(runs: Sequence[Run]) -> Run:
+    """The newest figures of runs of one suite, oldest first, as if of one run.
+
+    The newest run of an op says which cases the op has, and what of it is left out and why.
+    """
+    figures: dict[Key, Figure] = {}
+    extra: dict[Key, dict[str, Any]] = {}
+    reasons: dict[str, list[str]] = {}
+    for run in runs:
+        own = _left_out_of(run)
+        cases = {key[:2] for key in run.figures}
+        gone = [key for key in figures if key.op in own and key[:2] not in cases]
+        for key in gone:
+            del figures[key], extra[key]
+        figures, extra, reasons = figures | run.figures, extra | run.extra, reasons | own
+    left_out = sorted(reason for own_reasons in reasons.values() for reason in own_reasons)
+    return Run(runs[-1].path, runs[-1].machine | {"left_out": left_out}, figures, extra)
+
+
+def _left_out_of(run: Run) -> dict[str, list[str]]:
+    """By op that a run measured or meant to: "op: why" or "op case: why"."""
+    reasons: dict[str, list[str]] = {key.op: [] for key in run.figures}
+    for reason in run.machine.get("left_out", []):
+        reasons.setdefault(reason.split(maxsplit=1)[0].rstrip(":"), []).append(reason)
+    return reasons
 
 
 def _run(path: Path, content: dict[str, Any]) -> Run:

@@ -16,8 +16,8 @@ from posttrain.bench.cases import cases_of
 from posttrain.bench.compare import compare
 from posttrain.bench.device import GPU, Roofline, measure_roofline
 from posttrain.bench.measure import OURS, PLAIN, NotMeasured, Table, measure
-from posttrain.bench.record import busy, circumstances, earlier_run, run_file
-from posttrain.bench.results import ResultError, read
+from posttrain.bench.record import busy, circumstances, earlier_runs, run_file
+from posttrain.bench.results import ResultError, merged, read
 from posttrain.bench.shapes import SUITES
 
 _HEAD = f"{'':<28}{'ms':>10}{'p20':>10}{'p80':>10}{'speed':>8}{'TFLOP/s':>9}{'GB/s':>8}{'roof':>6}{'error':>9}{'MB':>9}"
@@ -67,7 +67,7 @@ class Session:
     def __init__(self, selection: Selection | None = None) -> None:
         self.selection = selection or Selection()
         self.path: Path | None = None
-        self._before: Path | None = None
+        self._before: list[Path] = []
         self._roofline: Roofline | None = None
         self._tables: dict[str, dict[str, Table] | NotMeasured] = {}
         self._lines: list[str] = []
@@ -111,7 +111,9 @@ class Session:
             self._lines += [f"roofline of this device: {gemm / 1e12:.3g} TFLOP/s, {copy / 1e9:.3g} GB/s", _HEAD]
         if str(case) not in self._tables:
             try:
-                self._tables[str(case)] = measure(case, SUITES[self.selection.suite].rounds, self.selection.peers)
+                suite = SUITES[self.selection.suite]
+                limits = (suite.rounds, self.selection.peers, self._roofline, suite.seconds)
+                self._tables[str(case)] = measure(case, *limits)
             except NotMeasured as reason:
                 self._tables[str(case)] = reason
             self._tell(case)
@@ -175,7 +177,7 @@ class Session:
         if not benchmarks.json and any(_is_ours(item.nodeid) for item in session.items):
             self.path = run_file(self.selection.suite, self.selection.out)
             benchmarks.json = str(self.path)
-            self._before = earlier_run(self.selection.suite)
+            self._before = earlier_runs(self.selection.suite)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_benchmark_generate_machine_info(self) -> dict[str, Any]:
@@ -220,9 +222,9 @@ class Session:
         if self.path and self.path.exists():
             terminalreporter.write_line(f"-> {self.path}")
         if self.path and self.path.exists() and self._before:
-            terminalreporter.write_line(f"since {self._before}:")
+            terminalreporter.write_line(f"since {self._before[-1]}:")
             try:
-                terminalreporter.write_line(compare(read(self._before), read(self.path)).text())
+                terminalreporter.write_line(compare(merged([*map(read, self._before)]), read(self.path)).text())
             except ResultError as error:
                 terminalreporter.write_line(str(error))
 

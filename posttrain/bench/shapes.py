@@ -94,6 +94,7 @@ class Suite:
         steps: shapes of training steps and of generation.
         tokens: of the batches of ops, and of a step's.
         rounds: samples of each function.
+        seconds: that a case may take; one that can't be done in that time is named instead.
     """
 
     name: str
@@ -101,6 +102,7 @@ class Suite:
     steps: tuple[ModelShape, ...]
     tokens: int
     rounds: int
+    seconds: float = 300 if GPU else 60
 
 
 _FEW = tuple(model.narrowed() for model in MODELS if model.name in ("llama-3-8b", "qwen3-0.6b", "gemma-3-4b"))

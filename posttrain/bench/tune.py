@@ -136,7 +136,7 @@ def timed(tunable: Tunable, sizes: Sequence[Sizes]) -> Measured:
     makers = {label: lambda _, each=each: ours(each) for label, each in labels.items()}
     try:
         with use_backend("triton", case.op):
-            table = measure(replace(case, make=make, passes=(name,), peers=makers), _ROUNDS, peers=True)[name]
+            table = measure(replace(case.only(name), make=make, peers=makers), _ROUNDS, peers=True)[name]
     finally:
         try_sizes(tunable.name, None)
     seconds = {sizes[0]: table.comparison.seconds[OURS].median}
@@ -221,21 +221,21 @@ def _shape(width: int) -> ModelShape:
 def _first(cases: Callable[..., list[Case]], model: ModelShape | None = None) -> Case:
     """An op's first case of the forward alone, on one model."""
     case = cases(replace(SUITES["full"], models=(model or SUITES["full"].models[0],)))[0]
-    return replace(case, passes=case.passes[:1], peers={})
+    return replace(case.only(case.passes[0]), peers={})
 
 
 def _lora() -> Case:
     """Both passes with the largest rank that one block takes."""
     model = replace(SUITES["full"].models[0], rank=64)
     case = lora.lora_linear(replace(SUITES["full"], models=(model,)))[0]
-    return replace(case, passes=(BOTH,), peers={})
+    return replace(case.only(BOTH), peers={})
 
 
 def _attention(width: int) -> tuple[Case, Case]:
     """One causal sequence: its forward, and both passes."""
     case = attention.packed_attention(replace(SUITES["full"], models=(_shape(width),)))[0]
     case = replace(case, peers={})
-    return replace(case, passes=(FORWARD,)), replace(case, passes=(BOTH,))
+    return case.only(FORWARD), case.only(BOTH)
 
 
 def _logprob(rich: bool) -> Case:
@@ -259,7 +259,7 @@ def _logprob(rich: bool) -> Case:
             with use_backend("reference", "linear_logprob"):
                 return ours(*arguments)
 
-        work = dict.fromkeys((FORWARD, BOTH), Work(6.0 * tokens * hidden * words, 0.0))
-        return Problem((x, weight, low, high, y, *[bias] * rich), ours, plain, work)
+        return Problem((x, weight, low, high, y, *[bias] * rich), ours, plain)
 
-    return Case("linear_logprob", "rich" if rich else "plain", need, make, (BOTH,))
+    work = {BOTH: Work(6.0 * tokens * model.hidden * model.vocabulary, 0.0)}
+    return Case("linear_logprob", "rich" if rich else "plain", need, make, work)

@@ -17,8 +17,9 @@ def make_case():
     def make(ours=doubled, plain=doubled, peers=None, need=0.0, dtype=torch.float32) -> Case:
         def problem() -> Problem:
             x = torch.linspace(-1, 1, 16).to(dtype).requires_grad_()
-            return Problem((x,), ours, plain, {FORWARD: Work(16, 128), BOTH: Work(32, 256)})
+            return Problem((x,), ours, plain)
 
-        return Case("rope", "tiny", need, problem, (FORWARD, BOTH), peers or {})
+        work = {FORWARD: Work(16, 128), BOTH: Work(32, 256)}
+        return Case("rope", "tiny", need, problem, work, peers or {})
 
     return make

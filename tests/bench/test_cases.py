@@ -6,15 +6,18 @@ from functools import partial
 import pytest
 import torch
 
+from posttrain.bench.case import BOTH, FORWARD, outputs_of, tensors_of
 from posttrain.bench.cases import CASES, attention
 from posttrain.bench.interleave import alternate
 from posttrain.bench.measure import OURS, PLAIN, measure
 from posttrain.bench.shapes import MODELS, SUITES, ModelShape, Suite
 from posttrain.ops.backend import SUPPORT
+from posttrain.ops.layout import PackedLayout
 
 _SHAPE = ModelShape("tiny", 64, 128, 1, 4, 2, 16, 97, rank=4)
 _GEMMA = replace(_SHAPE, name="tiny-gemma", gate="geglu")
 _QUICK = {"torch", "torch linear_cross_entropy", "PEFT", "bitsandbytes", "SDPA padded", "prefix-grouper"}
+_QUICK |= {"TRL", "TRL padding-free", "SDPA, gathering", "transformers", "exponential race"}
 _TINY = Suite("tiny", (_SHAPE, _GEMMA), (_SHAPE,), 256, 2)
 
 
@@ -26,6 +29,35 @@ def test_every_op_has_cases():
 def test_titles_tell_cases_apart(suite):
     titles = [str(case) for cases in CASES.values() for case in cases(suite)]
     assert len(set(titles)) == len(titles) > len(CASES)
+
+
+@pytest.mark.parametrize("suite", SUITES.values(), ids=SUITES)
+def test_cases_say_what_they_take_before_they_are_made(suite):
+    """Of the memory at least what the forward moves, which for generation are the weights of every step."""
+    for case in (case for cases in CASES.values() for case in cases(suite)):
+        assert all(max(work) > 0 for work in case.work.values()), case
+        assert case.op == "rollout" or case.need >= case.work[case.passes[0]].moved > 0 or case.passes == ("step",), (
+            case
+        )
+
+
+@pytest.mark.parametrize("op", ["packed_attention", "lora_mlp", "nf4_linear", "linear_logprob", "paged_attention"])
+def test_work_is_that_of_the_arguments(op):
+    """Bytes of the forward are those of the arguments, of some ops without the repeated ones, and of the result."""
+    case = CASES[op](_TINY)[-1]
+    problem = case.make()
+    arguments = [x for x in tensors_of(problem.arguments) if x.dtype != torch.int64]
+    counted = arguments[:3] if op == "paged_attention" else arguments
+    results = [] if op == "linear_logprob" else outputs_of(problem.ours(*problem.arguments))
+    moved = sum(x.nbytes for x in (*counted, *results))
+    work = case.work[BOTH if op == "linear_logprob" else FORWARD]
+    assert work.moved == (2 * moved if op == "linear_logprob" else moved)
+
+
+def test_pairs_of_attention_are_those_of_the_layout():
+    for lengths, parents in (([7, 3, 5, 2], [-1, 0, 1, 0]), ([4, 1, 9], [-1, -1, -1])):
+        pairs = float((PackedLayout.from_forest(lengths, parents).positions + 1).sum())
+        assert attention.work((4, 2), 16, lengths, parents)[FORWARD].flops == 4 * pairs * 4 * 16
 
 
 def test_weights_are_those_of_the_models():

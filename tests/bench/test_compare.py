@@ -6,18 +6,20 @@ from pathlib import Path
 import pytest
 
 from posttrain.bench.compare import compare
-from posttrain.bench.record import newest
+from posttrain.bench.record import runs_of
 from posttrain.bench.results import ResultError, read
 from posttrain.cli import main
 
 _COMMITTED = Path(__file__).parents[2] / "bench" / "results"
 
 
-def write(path: Path, speeds, seconds=(0.9, 1.0, 1.1), peak=10 << 20, device="A", cuda=None, left_out=()) -> Path:
-    """A run of rope with one case for each of `speeds`, (p20, median, p80) by title."""
+def write(
+    path: Path, speeds, seconds=(0.9, 1.0, 1.1), peak=10 << 20, device="A", cuda=None, left_out=(), op="rope"
+) -> Path:
+    """A run of an op with one case for each of `speeds`, (p20, median, p80) by title."""
     benchmarks = []
     for case, speed in speeds.items():
-        facts = {"op": "rope", "case": case, "pass": "forward", "column": "posttrain", "error": 0.0, "peak_bytes": peak}
+        facts = {"op": op, "case": case, "pass": "forward", "column": "posttrain", "error": 0.0, "peak_bytes": peak}
         for name, (p20, median, p80) in (("seconds", seconds), ("speed", speed)):
             facts[name] = {"p20": p20, "median": median, "p80": p80}
         benchmarks.append({"extra_info": facts})
@@ -96,12 +98,32 @@ def test_ops_that_were_not_run_are_named(tmp_path, capsys):
     assert capsys.readouterr().out.splitlines() == ["not run: swiglu", "0 worse, 0 better, 1 as before"]
 
 
-def test_the_newest_run_of_a_folder_is_read(tmp_path):
+def test_of_a_folder_the_suite_that_ran_last_is_read(tmp_path):
     for name, speed in (("2026-01-02T03-04-05-abc-quick", 1.0), ("2026-02-01T00-00-00-abc-quick", 2.0), ("rope", 9.0)):
         write(tmp_path / f"{name}.json", {"one": (speed, speed, speed)})
     write(tmp_path / "2026-03-01T00-00-00-abc-full.json", {"one": (3.0, 3.0, 3.0)})
     assert [figure.speed.median for figure in read(tmp_path).figures.values()] == [3.0]
-    assert newest(tmp_path.glob("*"), "quick") == tmp_path / "2026-02-01T00-00-00-abc-quick.json"
+    quick = ["2026-01-02T03-04-05-abc-quick.json", "2026-02-01T00-00-00-abc-quick.json"]
+    assert [path.name for path in runs_of(tmp_path.glob("*"), "quick")] == quick
+    assert [path.name for path in runs_of(tmp_path.glob("*"))] == ["2026-03-01T00-00-00-abc-full.json"]
+
+
+def test_runs_op_by_op_are_one_result(tmp_path, capsys):
+    before, after = tmp_path / "before", tmp_path / "after"
+    for folder, speed in ((before, 3.0), (after, 2.0)):
+        folder.mkdir()
+        for day, op in enumerate(("rope", "swiglu", "geglu"), 1):
+            write(folder / f"2026-01-0{day}-abc-full.json", {"one": (speed,) * 3}, op=op, left_out=[f"{op}: quack no"])
+    write(before / "2026-01-09-abc-full.json", {"two": (3.0, 3.0, 3.0)}, op="swiglu")
+    found = read(before)
+    assert {key[:2] for key in found.figures} == {("rope", "one"), ("swiglu", "two"), ("geglu", "one")}
+    assert found.machine["left_out"] == ["geglu: quack no", "rope: quack no"]
+    assert main(["bench", "compare", str(before), str(after)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines] == [
+        *([verdict, op] for verdict, op in (("worse:", "rope"), ("worse:", "geglu"), ("gone:", "swiglu"))),
+        ["2", "worse,"],
+    ]
 
 
 def test_committed_results_are_readable():

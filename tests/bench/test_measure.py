@@ -9,8 +9,9 @@ import torch
 
 from posttrain.bench import measure as module
 from posttrain.bench.case import BOTH, FORWARD, Way, copied
+from posttrain.bench.device import Roofline
 from posttrain.bench.interleave import Comparison, alternate
-from posttrain.bench.measure import OURS, PLAIN, NotMeasured, calls_of, measure
+from posttrain.bench.measure import OURS, PLAIN, NotMeasured, calls_of, least_seconds, measure
 
 
 @pytest.fixture(autouse=True)
@@ -144,7 +145,7 @@ def test_no_column_reads_what_the_one_before_it_has_loaded(make_case, monkeypatc
         seen.append(x.data_ptr())
         return 2 * x
 
-    def timed(calls, rounds):
+    def timed(calls, rounds, seconds):
         seen.clear()
         samples = alternate(calls, rounds, min_seconds=0)
         found.append(list(seen))
@@ -181,7 +182,6 @@ def test_calls_pass_the_gate_and_stay_with_the_arguments(make_case, name):
 
 def test_a_peer_with_its_own_shape_is_right_without_a_backward_too(make_case):
     problem = make_case().make()
-    problem = replace(problem, work={FORWARD: problem.work[FORWARD]})
     halves = Way(lambda x: x + x, lambda args: (args[0].view(2, -1),), back=torch.flatten)
     assert "halves" in calls_of(problem, {"halves": lambda problem: halves}, FORWARD)[0]
 
@@ -197,3 +197,23 @@ def test_ratios_are_taken_round_by_round():
     found = Comparison.of("a", {"a": [1.0, 2.0, 4.0], "b": [0.5, 1.0, 1.0]})
     assert found.speedup["b"].median == 2.0 and found.speedup["a"].p80 == 1.0
     assert found.seconds["b"].median == 1.0
+
+
+def test_a_case_without_time_is_named_before_it_is_made(make_case):
+    def make():
+        raise AssertionError("made")
+
+    case = replace(make_case(), make=make)  # 16 + 32 operations and 128 + 256 bytes
+    with pytest.raises(NotMeasured, match=r"would take 61 s at the rates of the roofline, and a case may take 60 s"):
+        measure(case, 3, roofline=Roofline(copy=100.0, gemm=1e9), seconds=60)
+    assert least_seconds(case, Roofline(copy=1e9, gemm=16.0)) == 16 * (16 + 32) / 16
+
+
+def test_rounds_are_fewer_where_there_is_no_time_for_them(monkeypatch):
+    monkeypatch.setattr("posttrain.bench.interleave._sample", lambda function, calls: calls * function())
+    both = {"a": lambda: 0.5, "b": lambda: 1.5}
+    for seconds, rounds in ((0, 3), (9, 4), (14, 7)):
+        samples = alternate(both, rounds=7, seconds=seconds)
+        assert samples == {"a": [0.5] * rounds, "b": [1.5] * rounds}
+    assert len(alternate(both, rounds=2, seconds=0)["a"]) == 2
+    assert len(alternate({"a": lambda: 0.001}, rounds=9, min_seconds=0.01, seconds=0.04)["a"]) == 4  # of ten calls

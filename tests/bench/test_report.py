@@ -1,5 +1,6 @@
 """The report: one page that needs nothing else, newest figures first, and the README's tables from the same files."""
 
+import itertools
 import json
 import math
 import re
@@ -21,15 +22,16 @@ _ROOT = Path(__file__).parents[2]
 
 
 def write(
-    folder: Path, name: str, milliseconds: float, device="A <GPU>", suite="quick", op="rope", left_out=None, **more
+    folder: Path, name: str, milliseconds: float, device="A <GPU>", suite="quick", op="rope", left_out=None, sizes=()
 ) -> None:
-    """A run with figures of one case by ours and plain PyTorch."""
+    """A run with figures of one case, or of one for each size N, by whose square time grows; ours and PyTorch's."""
     benchmarks = []
-    for column, factor in (("posttrain", 1), ("plain PyTorch", 2)):
-        seconds = {part: factor * milliseconds / 1e3 for part in ("median", "p20", "p80")}
-        facts = {"op": op, "case": "[8, 8]", "pass": "forward", "column": column, "seconds": seconds, "error": 1e-7}
+    for (column, factor), size in itertools.product((("posttrain", 1), ("plain PyTorch", 2)), sizes or [1]):
+        seconds = {part: factor * size**2 * milliseconds / 1e3 for part in ("median", "p20", "p80")}
+        case = {"case": f"N {size}", "axis": "N", "size": size} if sizes else {"case": "[8, 8]"}
+        facts = {"op": op, **case, "pass": "forward", "column": column, "seconds": seconds, "error": 1e-7}
         facts |= {"speed": dict.fromkeys(("median", "p20", "p80"), 2 / factor), "peak_bytes": factor << 20}
-        facts |= {"flops": 2e9, "bytes": 1e8, "tflops": 0.5, "gbytes": 25.0, "roofline": 0.4, **more}
+        facts |= {"flops": 2e9, "bytes": 1e8, "tflops": 0.5, "gbytes": 25.0, "roofline": 0.4}
         benchmarks.append({"extra_info": facts})
     machine = {"device": device, "suite": suite, "date": name, "commit": "0123456789ab", "load": 0.25}
     machine |= {"roofline": {"copy": 1e11, "gemm": 1e12}, "left_out": left_out or [f"{op}: Liger runs on GPUs only"]}
@@ -73,10 +75,7 @@ def test_runs_under_one_heading_are_named_with_what_each_op_last_left_out(tmp_pa
 
 
 def test_costs_over_a_size_have_their_exponent(tmp_path):
-    for size in (1024, 2048, 4096):
-        write(
-            tmp_path, f"2026-01-01-{size}", (size / 1024) ** 2, suite="scaling", case=f"N {size}", axis="N", size=size
-        )
+    write(tmp_path, "2026-01-01", 1e-6, suite="scaling", sizes=(1024, 2048, 4096))
     text = html(devices(tmp_path))
     time, memory = figures(text)
     assert "posttrain ∝ N^2.00 (±0%)" in text and "posttrain ∝ N^0.00 (±0%)" in text

@@ -22,6 +22,7 @@ from posttrain.ops import block_sizes
 from posttrain.ops.block_sizes import chosen, save, try_sizes
 
 _CUDA = torch.device("cuda", 0)
+_WORK = {FORWARD: Work(1, 1)}
 _RANGES = (Range(16, 256), Range(16, 256), Range(1, 8), Range(1, 5, False))
 
 
@@ -36,7 +37,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def tunable(name="packed_attention forward 64", shipped=(64, 64, 4, 2), ranges=_RANGES, case=None, source="shipped"):
-    return Tunable(name, shipped, ranges, source, case or Case("packed_attention", "tiny", 0, lambda: None, (FORWARD,)))
+    return Tunable(name, shipped, ranges, source, case or Case("packed_attention", "tiny", 0, lambda: None, _WORK))
 
 
 def stand_in(best, rounds, broken=()):
@@ -126,7 +127,7 @@ def test_sizes_are_launched_and_held_to_the_truth(quick, monkeypatch):
         return run(self, *args, **kwargs)
 
     monkeypatch.setattr(InterpretedFunction, "run", noted)
-    case = Case("nf4_linear", "tiny", 0, partial(nf4._linear, 2, 8, 128), (FORWARD,))
+    case = Case("nf4_linear", "tiny", 0, partial(nf4._linear, 2, 8, 128), _WORK)
     shipped, other, impossible = (4, 256, 4), (8, 64, 4), (4, 48, 4)  # Triton takes powers of two
     found = timed(tunable("nf4_linear", shipped, case=case), [shipped, other, impossible])
     assert set(found.seconds) == {shipped, other} and found.missing[impossible].startswith("fails: ")
@@ -149,9 +150,9 @@ def test_a_backward_runs_with_the_sizes_of_its_forward(quick, monkeypatch):
     def make() -> Problem:
         problem = attention.packed_attention(_tiny_suite())[0].make()
         arguments = tuple(x.detach().half().requires_grad_() for x in problem.arguments)
-        return Problem(arguments, problem.ours, problem.plain, problem.work)
+        return Problem(arguments, problem.ours, problem.plain)
 
-    case = Case("packed_attention", "tiny", 0, make, ("forward+backward",))
+    case = Case("packed_attention", "tiny", 0, make, {BOTH: Work(1, 1)})
     shipped, other = (32, 32, 4, 1), (16, 16, 4, 1)
     found = timed(tunable("packed_attention dq 64", shipped, case=case), [shipped, other])
     assert set(found.seconds) == {shipped, other}
@@ -167,9 +168,7 @@ def test_wrong_results_are_out(quick):
         wrong = block_sizes._tried.get("rope") == (2,)
         return 2 * x + (0.01 if wrong else 0.0)
 
-    case = Case(
-        "rope", "tiny", 0, lambda: Problem((torch.ones(8),), ours, lambda x: 2 * x, {FORWARD: Work(1, 1)}), (FORWARD,)
-    )
+    case = Case("rope", "tiny", 0, lambda: Problem((torch.ones(8),), ours, lambda x: 2 * x), _WORK)
     found = timed(tunable("rope", (1,), (Range(1, 4),), case), [(1,), (2,), (4,)])
     assert set(found.seconds) == {(1,), (4,)} and "is off by 0.005" in found.missing[2,]
 

@@ -18,6 +18,7 @@ from posttrain.bench import attention_peers as peers
 from posttrain.bench.attention_peers import sdpa
 from posttrain.bench.case import BOTH, FORWARD, Case, Function, Problem, Work, randn
 from posttrain.bench.device import DEVICE, DTYPE, GPU, WIDER
+from posttrain.bench.peers import compiled
 from posttrain.bench.shapes import Suite
 from posttrain.ops.layout import PackedLayout
 
@@ -43,21 +44,33 @@ def packed_attention(suite: Suite) -> list[Case]:
         f"{count} documents": (spread[:count].tolist(), [-1] * count),
         "8 completions of a prompt": ([tokens // 2] + [tokens // 16] * 8, [-1] + [0] * 8),
     }
+    named: peers.Makers = {"torch.compile": compiled, **PEERS}
     for model in suite.models:
         for kind, (lengths, parents) in forests.items():
             title = f"{kind}, {sum(lengths)} tokens, {model.heads}/{model.key_heads} heads of {model.width}"
             size = 8.0 * sum(lengths) * model.heads * model.width * 3 * DTYPE.itemsize
             copies, longest = (8, lengths[0] + lengths[1]) if parents[-1] == 0 else (1, max(lengths))
-            scores = 4.0 * copies * longest**2 * (model.heads // model.key_heads) * WIDER.itemsize  # of the truth
+            scores = 4.0 * GPU * copies * longest**2 * (model.heads // model.key_heads) * WIDER.itemsize  # of the truth
             cases[title] = Case(
                 "packed_attention",
                 title,
                 6 * size + scores,
                 partial(problem, (model.heads, model.key_heads), model.width, lengths, parents),
-                (FORWARD, BOTH),
-                {**PEERS, "prefix-grouper": peers.prefix_grouper} if parents[-1] == 0 else PEERS,
+                work((model.heads, model.key_heads), model.width, lengths, parents),
+                {**named, "prefix-grouper": peers.prefix_grouper} if parents[-1] == 0 else named,
             )
     return list(cases.values())
+
+
+def work(heads: tuple[int, int], width: int, lengths: list[int], parents: list[int]) -> dict[str, Work]:
+    """That of a forest, of which the arguments are those of `problem`."""
+    before: list[int] = []  # tokens of each segment's ancestors
+    for parent in parents:
+        before.append(before[parent] + lengths[parent] if parent >= 0 else 0)
+    pairs = sum(n * seen + n * (n + 1) / 2 for n, seen in zip(lengths, before, strict=True))
+    product = 2 * pairs * heads[0] * width
+    size = 2.0 * sum(lengths) * sum(heads) * width * DTYPE.itemsize  # of q, k, v and the output
+    return {FORWARD: Work(2 * product, size), BOTH: Work(7 * product, 3 * size)}
 
 
 def problem(heads: tuple[int, int], width: int, lengths: list[int], parents: list[int], grad: bool = True) -> Problem:
@@ -71,13 +84,9 @@ def problem(heads: tuple[int, int], width: int, lengths: list[int], parents: lis
     """
     layout = PackedLayout.from_forest(lengths, parents, DEVICE)
     tensors = tuple(randn(layout.num_tokens, h, width, grad=grad) for h in (*heads, heads[1]))
-    pairs = float((layout.positions.double() + 1).sum())
-    size = sum(x.nbytes for x in tensors) + tensors[0].nbytes
-    product = 2 * pairs * heads[0] * width
-    work = {FORWARD: Work(2 * product, size)} | ({BOTH: Work(7 * product, 3 * size)} if grad else {})
     plain = _unshared(lengths) if parents[-1] == 0 else _each(lengths)
     context = SimpleNamespace(layout=layout, lengths=lengths, shared=parents[-1] == 0)
-    return Problem(tensors, lambda q, k, v: ops.packed_attention(q, k, v, layout), plain, work, context)
+    return Problem(tensors, lambda q, k, v: ops.packed_attention(q, k, v, layout), plain, context)
 
 
 def _each(lengths: list[int]) -> Function:

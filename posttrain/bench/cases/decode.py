@@ -5,15 +5,18 @@ once. Drawing reads the logits once. Writing the cache reads a step's queries, k
 """
 
 from functools import partial
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from posttrain import ops
+from posttrain.bench import decode_peers as peers
 from posttrain.bench.case import FORWARD, Arguments, Case, Problem, Work, randn
 from posttrain.bench.cases.elementwise import turned
 from posttrain.bench.device import DEVICE, DTYPE, WIDER
+from posttrain.bench.peers import compiled
 from posttrain.bench.shapes import ModelShape, Suite
 
 _PAGE = 16
@@ -23,11 +26,18 @@ _ROWS = 32
 
 def rope_cache(suite: Suite) -> list[Case]:
     """A token of each of 32 sequences, over the heads of the models."""
+    named: peers.Makers = {
+        "torch.compile": compiled,
+        "vLLM": peers.vllm_rope_cache,
+        "FlashInfer": peers.flashinfer_rope_cache,
+    }
     cases = {}
     for model in suite.models:
         title = f"{_ROWS} tokens, {model.heads}/{model.key_heads} heads of {model.width}"
         need = 64.0 * _ROWS * _PAGE * model.key_heads * model.width * WIDER.itemsize
-        cases[title] = Case("rope_cache", title, need, partial(_write, model), (FORWARD,))
+        size = 1.0 * _ROWS * (model.heads + 2 * model.key_heads) * model.width * DTYPE.itemsize
+        work = {FORWARD: Work(0, 2 * size)}
+        cases[title] = Case("rope_cache", title, need, partial(_write, model), work, named)
     return list(cases.values())
 
 
@@ -35,7 +45,7 @@ def _write(model: ModelShape) -> Problem:
     """Sequences write the third token of a page each."""
     slots = torch.arange(_ROWS, device=DEVICE) * _PAGE + 2
     q, k, v = (randn(_ROWS, heads, model.width) for heads in (model.heads, model.key_heads, model.key_heads))
-    cos, sin = (randn(_ROWS, model.width // 2).repeat(1, 2) for _ in range(2))
+    angle = torch.randn(_ROWS, model.width // 2, device=DEVICE).repeat(1, 2)
     caches = [torch.zeros(_ROWS, _PAGE, model.key_heads, model.width, device=DEVICE, dtype=DTYPE) for _ in range(2)]
 
     def ours(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
@@ -47,12 +57,19 @@ def _write(model: ModelShape) -> Problem:
             cache.view(-1, *cache.shape[2:])[slots] = new
         return q, *caches
 
-    work = {FORWARD: Work(0, 2.0 * (q.nbytes + k.nbytes + v.nbytes))}
-    return Problem((q, k, v, cos, sin, *caches), ours, plain, work)
+    arguments = (q, k, v, angle.cos().to(DTYPE), angle.sin().to(DTYPE), *caches)
+    return Problem(arguments, ours, plain, SimpleNamespace(slots=slots))
 
 
 def paged_attention(suite: Suite) -> list[Case]:
     """32 sequences with keys of their own, and with most of them shared, over the heads of the models."""
+    named: peers.Makers = {
+        "SDPA, gathering": peers.sdpa_gathering,
+        "FlexAttention": peers.flex_paged,
+        "flash-attn 2": peers.flash2_decode,
+        "flash-attn 3": peers.flash3_decode,
+        "FlashInfer": peers.flashinfer_decode,
+    }
     cases = {}
     for model in suite.models:
         for shared in (0, suite.tokens // 4):
@@ -62,8 +79,15 @@ def paged_attention(suite: Suite) -> list[Case]:
             size = 2.0 * _ROWS * keys * model.key_heads * model.width * DTYPE.itemsize
             need = size * (4 + 2 * WIDER.itemsize / DTYPE.itemsize)
             make = partial(decode, _ROWS, keys, shared, (model.heads, model.key_heads), model.width)
-            cases[title] = Case("paged_attention", title, need, make, (FORWARD,))
+            work = {FORWARD: _decoding(keys, shared, model)}
+            cases[title] = Case("paged_attention", title, need, make, work, named)
     return list(cases.values())
+
+
+def _decoding(keys: int, shared: int, model: ModelShape) -> Work:
+    pages = shared // _PAGE + _ROWS * -(-(keys - shared) // _PAGE)
+    numbers = 2.0 * pages * _PAGE * model.key_heads * model.width + 2.0 * _ROWS * model.heads * model.width
+    return Work(4.0 * _ROWS * keys * model.heads * model.width, numbers * DTYPE.itemsize)
 
 
 def decode(rows: int, keys: int, shared: int, heads: tuple[int, int], width: int) -> Problem:
@@ -91,18 +115,25 @@ def decode(rows: int, keys: int, shared: int, heads: tuple[int, int], width: int
     def ours(q: Tensor, k: Tensor, v: Tensor, _keys: Tensor, _values: Tensor) -> Tensor:
         return ops.paged_attention(q, k, v, table, lens)
 
-    work = Work(4.0 * rows * keys * heads[0] * width, caches[0].nbytes + caches[1].nbytes + 2 * q.nbytes)
-    return Problem((q, *caches, *flat), ours, plain, {FORWARD: work})
+    context = SimpleNamespace(table=table, lens=lens, keys=keys, shared=shared)
+    return Problem((q, *caches, *flat), ours, plain, context)
 
 
 def sample(suite: Suite) -> list[Case]:
     """32 rows over the vocabularies; plain PyTorch draws with transformers' filters and then looks the logprob up."""
+    named: peers.Makers = {
+        "torch.compile": compiled,
+        "transformers": peers.warpers_of_transformers,
+        "exponential race": peers.race,
+        "FlashInfer": peers.flashinfer_sample,
+    }
     cases = []
     for vocabulary in dict.fromkeys(model.vocabulary for model in suite.models):
         for name, (top_k, top_p) in _FILTERS.items():
             need = 12.0 * _ROWS * vocabulary * WIDER.itemsize
             title = f"[{_ROWS}, {vocabulary}] {name}"
-            cases.append(Case("sample", title, need, partial(draw, vocabulary, top_k, top_p), (FORWARD,)))
+            work = {FORWARD: Work(0, 1.0 * _ROWS * vocabulary * DTYPE.itemsize)}
+            cases.append(Case("sample", title, need, partial(draw, vocabulary, top_k, top_p), work, named))
     return cases
 
 
@@ -128,9 +159,9 @@ def draw(vocabulary: int, top_k: int, top_p: float) -> Problem:
     def ours(logits: Tensor) -> tuple[Tensor, Tensor]:
         return ops.sample(logits, temperature=1.0, top_k=top_k, top_p=top_p, min_p=0.0, seeds=seeds, offsets=seeds)
 
-    work = {FORWARD: Work(0, logits.nbytes)}
     truth = [torch.zeros(_ROWS, device=DEVICE, dtype=WIDER)]
-    return Problem((logits,), ours, plain, work, checked=checked, truth=lambda: truth)
+    context = SimpleNamespace(top_k=top_k, top_p=top_p, filtered=partial(filtered, top_k=top_k, top_p=top_p))
+    return Problem((logits,), ours, plain, context, checked=checked, truth=lambda: truth)
 
 
 def filtered(logits: Tensor, top_k: int, top_p: float) -> Tensor:

@@ -18,7 +18,6 @@ from posttrain.bench.case import BOTH, FORWARD, Case, Function, Problem, Work, r
 from posttrain.bench.device import DEVICE, DTYPE
 from posttrain.bench.shapes import Suite
 
-_PASSES = (FORWARD, BOTH)
 _COPIES = 24  # tensors of the first argument's size that the truth and its gradients take, in a wider dtype
 
 
@@ -40,18 +39,17 @@ def rms_norm(suite: Suite) -> list[Case]:
     for hidden in dict.fromkeys(model.hidden for model in suite.models):
         shape = (suite.tokens, hidden)
         size = suite.tokens * hidden * DTYPE.itemsize
-        cases.append(_case("rms_norm", f"{list(shape)}", size, partial(_norm, shape, False), named))
-        cases.append(_case("rms_norm", f"{list(shape)} residual", size, partial(_norm, shape, True), added))
+        cases.append(_case("rms_norm", f"{list(shape)}", size, (2, 5), partial(_norm, shape, False), named))
+        cases.append(_case("rms_norm", f"{list(shape)} residual", size, (4, 8), partial(_norm, shape, True), added))
     return cases
 
 
 def _norm(shape: tuple[int, int], residual: bool) -> Problem:
     x, weight = randn(*shape, grad=True), randn(shape[1], grad=True)
     arguments = (x, weight, randn(*shape, grad=True)) if residual else (x, weight)
-    work = _moved(x, 4 if residual else 2, 8 if residual else 5)
     if residual:
-        return Problem(arguments, lambda x, w, r: ops.rms_norm(x, w, 1e-6, r), _add_norm, work)
-    return Problem(arguments, lambda x, w: ops.rms_norm(x, w, 1e-6), _llama_norm, work)
+        return Problem(arguments, lambda x, w, r: ops.rms_norm(x, w, 1e-6, r), _add_norm)
+    return Problem(arguments, lambda x, w: ops.rms_norm(x, w, 1e-6), _llama_norm)
 
 
 def _llama_norm(x: Tensor, weight: Tensor) -> Tensor:
@@ -75,16 +73,15 @@ def rope(suite: Suite) -> list[Case]:
         title = f"{heads}+{key_heads} heads [{suite.tokens}, {width}]"
         size = suite.tokens * heads * width * DTYPE.itemsize
         sizes = (suite.tokens, heads, key_heads, width)
-        cases[title] = _case("rope", title, size, partial(_rope, *sizes), named)
+        both = (heads + key_heads) / heads  # queries and keys, in tensors of queries
+        cases[title] = _case("rope", title, size, (2 * both, 4 * both), partial(_rope, *sizes), named)
     return list(cases.values())
 
 
 def _rope(tokens: int, heads: int, key_heads: int, width: int) -> Problem:
     q, k = (randn(1, tokens, h, width).transpose(1, 2).requires_grad_() for h in (heads, key_heads))
     angle = torch.randn(1, tokens, width // 2, device=DEVICE).repeat(1, 1, 2)
-    moved = 2 * (q.nbytes + k.nbytes)
-    work = {FORWARD: Work(0, moved), BOTH: Work(0, 2 * moved)}
-    return Problem((q, k, angle.cos().to(DTYPE), angle.sin().to(DTYPE)), ops.rope, turned, work)
+    return Problem((q, k, angle.cos().to(DTYPE), angle.sin().to(DTYPE)), ops.rope, turned)
 
 
 def turned(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,16 +113,21 @@ def _gated(suite: Suite, name: str, plain: Function, named: peers.Makers) -> lis
 
         def make(inner: int = inner) -> Problem:
             gate, up = randn(suite.tokens, inner, grad=True), randn(suite.tokens, inner, grad=True)
-            return Problem((gate, up), op, plain, _moved(gate, 3, 8))
+            return Problem((gate, up), op, plain)
 
         size = suite.tokens * inner * DTYPE.itemsize
-        cases.append(_case(name, f"[{suite.tokens}, {inner}]", size, make, named))
+        cases.append(_case(name, f"[{suite.tokens}, {inner}]", size, (3, 8), make, named))
     return cases
 
 
-def _moved(x: Tensor, forward: int, both: int) -> dict[str, Work]:
-    return {FORWARD: Work(0, forward * x.nbytes), BOTH: Work(0, both * x.nbytes)}
-
-
-def _case(op: str, title: str, size: float, make: Callable[[], Problem], named: peers.Makers) -> Case:
-    return Case(op, title, _COPIES * size, make, _PASSES, named)
+def _case(
+    op: str,
+    title: str,
+    size: float,
+    tensors: tuple[float, float],
+    make: Callable[[], Problem],
+    named: peers.Makers,
+) -> Case:
+    """`size` is that of the first argument, `tensors` how many like it the two passes read and write."""
+    work = {name: Work(0, count * size) for name, count in zip((FORWARD, BOTH), tensors, strict=True)}
+    return Case(op, title, _COPIES * size, make, work, named)

@@ -8,6 +8,7 @@ their gradients, and the weights once in each direction.
 from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
+from typing import NamedTuple
 
 from torch import Tensor
 from torch.nn import functional
@@ -16,6 +17,7 @@ from posttrain import ops
 from posttrain.bench import lora_peers as peers
 from posttrain.bench.case import BOTH, FORWARD, Case, Function, Problem, Work, randn
 from posttrain.bench.device import DTYPE, WIDER
+from posttrain.bench.peers import compiled
 from posttrain.bench.shapes import ModelShape, Suite
 from posttrain.ops import LoraLayer
 
@@ -23,79 +25,79 @@ Shapes = dict[str, tuple[int, int]]  # (N, K) of each layer, by name
 _SCALING = 2.0
 
 
+class Group(NamedTuple):
+    """Layers that are computed together: their shapes, in words and by name, our function and plain PyTorch's."""
+
+    title: str
+    shapes: Shapes
+    ours: Function
+    plain: Function
+
+
 def lora_linear(suite: Suite) -> list[Case]:
     """The output projection of attention."""
 
-    def problem(model: ModelShape) -> Problem:
-        shapes = {"o_proj": (model.hidden, model.heads * model.width)}
-        return _problem(suite.tokens, model, shapes, _linear, _plain_linear)
+    def group(m: ModelShape) -> Group:
+        rows = m.heads * m.width
+        return Group(f"[{m.hidden}, {rows}]", {"o_proj": (m.hidden, rows)}, _linear, _plain_linear)
 
-    named: peers.Makers = {"PEFT": peers.peft_linear}
-    return _cases(suite, "lora_linear", lambda m: f"[{m.hidden}, {m.heads * m.width}]", problem, named)
+    return _cases(suite, "lora_linear", group, {"PEFT": peers.peft_linear})
 
 
 def lora_qkv(suite: Suite) -> list[Case]:
     """The projections to queries, keys and values."""
 
-    def problem(model: ModelShape) -> Problem:
-        rows, few = model.heads * model.width, model.key_heads * model.width
-        shapes = {name: (n, model.hidden) for name, n in (("q_proj", rows), ("k_proj", few), ("v_proj", few))}
-        return _problem(suite.tokens, model, shapes, _qkv, _plain_qkv)
+    def group(m: ModelShape) -> Group:
+        rows, few = m.heads * m.width, m.key_heads * m.width
+        shapes = {name: (n, m.hidden) for name, n in (("q_proj", rows), ("k_proj", few), ("v_proj", few))}
+        return Group(f"[{rows} + 2 x {few}, {m.hidden}]", shapes, _qkv, _plain_qkv)
 
-    def title(m: ModelShape) -> str:
-        return f"[{m.heads * m.width} + 2 x {m.key_heads * m.width}, {m.hidden}]"
-
-    named: peers.Makers = {"PEFT": peers.peft_qkv, "Unsloth": peers.unsloth_qkv}
-    return _cases(suite, "lora_qkv", title, problem, named)
+    return _cases(suite, "lora_qkv", group, {"PEFT": peers.peft_qkv, "Unsloth": peers.unsloth_qkv})
 
 
 def lora_mlp(suite: Suite) -> list[Case]:
     """The MLP, with SiLU or, of Gemma, the tanh form of GELU."""
 
-    def problem(model: ModelShape) -> Problem:
-        shapes = {"gate_proj": (model.inner, model.hidden), "up_proj": (model.inner, model.hidden)}
-        shapes |= {"down_proj": (model.hidden, model.inner)}
-        tanh = model.gate == "geglu"
-        return _problem(suite.tokens, model, shapes, *((_mlp_gelu, _plain_gelu) if tanh else (_mlp_silu, _plain_silu)))
+    def group(m: ModelShape) -> Group:
+        shapes = {"gate_proj": (m.inner, m.hidden), "up_proj": (m.inner, m.hidden), "down_proj": (m.hidden, m.inner)}
+        functions = (_mlp_gelu, _plain_gelu) if m.gate == "geglu" else (_mlp_silu, _plain_silu)
+        return Group(f"{m.hidden} to {m.inner}, {m.gate}", shapes, *functions)
 
-    named: peers.Makers = {"PEFT": peers.peft_mlp, "Unsloth": peers.unsloth_mlp}
-    return _cases(suite, "lora_mlp", lambda m: f"{m.hidden} to {m.inner}, {m.gate}", problem, named)
+    return _cases(suite, "lora_mlp", group, {"PEFT": peers.peft_mlp, "Unsloth": peers.unsloth_mlp})
 
 
-def _cases(
-    suite: Suite,
-    op: str,
-    title: Callable[[ModelShape], str],
-    make: Callable[[ModelShape], Problem],
-    named: peers.Makers,
-) -> list[Case]:
+def _cases(suite: Suite, op: str, group_of: Callable[[ModelShape], Group], named: peers.Makers) -> list[Case]:
     cases = {}
     for model in suite.models:
-        full = f"[{suite.tokens}, ...] x {title(model)}, rank {model.rank}"
-        numbers = 3.0 * model.hidden * model.inner + 8.0 * suite.tokens * (model.hidden + model.inner)
-        need = numbers * 2 * (DTYPE.itemsize + WIDER.itemsize)
-        cases[full] = Case(op, full, need, partial(make, model), (FORWARD, BOTH), named)
+        group = group_of(model)
+        title = f"[{suite.tokens}, ...] x {group.title}, rank {model.rank}"
+        numbers = sum(2.0 * n * k + 5.5 * suite.tokens * (n + k) for n, k in group.shapes.values())
+        need = numbers * (DTYPE.itemsize + WIDER.itemsize)
+        make, work = partial(_problem, suite.tokens, model, group), _work(suite.tokens, model.rank, group.shapes)
+        cases[title] = Case(op, title, need, make, work, {"torch.compile": compiled, **named})
     return list(cases.values())
 
 
-def _problem(tokens: int, model: ModelShape, shapes: Shapes, ours: Function, plain: Function) -> Problem:
+def _work(tokens: int, rank: int, shapes: Shapes) -> dict[str, Work]:
+    sizes = [(n * k, rank * (n + k)) for n, k in shapes.values()]
+    forward, both = (2.0 * tokens * sum(w * (1 + back) + low * (1 + 2 * back) for w, low in sizes) for back in (0, 1))
+    weights = sum(frozen + low for frozen, low in sizes)
+    outputs = shapes["down_proj"][0] if "down_proj" in shapes else sum(n for n, _ in shapes.values())
+    ends = tokens * (next(iter(shapes.values()))[1] + outputs)
+    return {
+        FORWARD: Work(forward, (weights + ends) * DTYPE.itemsize),
+        BOTH: Work(both, (2 * weights + 3 * ends) * DTYPE.itemsize),
+    }
+
+
+def _problem(tokens: int, model: ModelShape, group: Group) -> Problem:
     """Arguments are x, then W, A and B of each layer."""
-    wide = next(iter(shapes.values()))[1]
-    arguments = [randn(tokens, wide, grad=True)]
-    for n, k in shapes.values():
+    arguments = [randn(tokens, next(iter(group.shapes.values()))[1], grad=True)]
+    for n, k in group.shapes.values():
         arguments += [randn(n, k, scale=k**-0.5), randn(model.rank, k, scale=k**-0.5, grad=True)]
         arguments += [randn(n, model.rank, scale=0.5 * model.rank**-0.5, grad=True)]
-    sizes = [(n * k, model.rank * (n + k)) for n, k in shapes.values()]
-    flops = [2.0 * tokens * (frozen * (1 + back) + low * (1 + 2 * back)) for back in (0, 1) for frozen, low in sizes]
-    forward, both = sum(flops[: len(sizes)]), sum(flops[len(sizes) :])
-    weights = sum(frozen + low for frozen, low in sizes) * DTYPE.itemsize
-    ends = tokens * (wide + (shapes["down_proj"][0] if "down_proj" in shapes else sum(n for n, _ in shapes.values())))
-    work = {
-        FORWARD: Work(forward, weights + ends * DTYPE.itemsize),
-        BOTH: Work(both, 2 * weights + 3 * ends * DTYPE.itemsize),
-    }
-    context = SimpleNamespace(shapes=shapes, rank=model.rank, scaling=_SCALING, gate=model.gate)
-    return Problem(tuple(arguments), ours, plain, work, context)
+    context = SimpleNamespace(shapes=group.shapes, rank=model.rank, scaling=_SCALING, gate=model.gate)
+    return Problem(tuple(arguments), group.ours, group.plain, context)
 
 
 def _layers(tensors: tuple[Tensor, ...]) -> list[LoraLayer]:

@@ -33,6 +33,11 @@ def make_models(shape: ModelShape, positions: int) -> tuple[Any, Any, Any]:
     with torch.device(DEVICE):
         plain = transformers.AutoModelForCausalLM.from_config(config, dtype=DTYPE).eval()
     wide = deepcopy(plain).to(WIDER)
-    prepared = deepcopy(plain, {id(parameter): parameter for parameter in plain.parameters()})
+    prepared = twin(plain)
     prepare(prepared)
     return prepared, plain, wide
+
+
+def twin(model: Any) -> Any:
+    """The same model once more, on the same weights."""
+    return deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})

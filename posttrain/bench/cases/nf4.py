@@ -9,16 +9,19 @@ from posttrain import ops
 from posttrain.bench import lora_peers as peers
 from posttrain.bench.case import BOTH, FORWARD, Case, Problem, Work, randn
 from posttrain.bench.device import DTYPE, WIDER
+from posttrain.bench.peers import compiled
 from posttrain.bench.shapes import Suite
 from posttrain.ops import NF4Weight, reference
 
 
 def nf4_dequantize(suite: Suite) -> list[Case]:
     """The whole matrix."""
-    return [
-        Case("nf4_dequantize", f"[{n}, {k}]", _need(n, k), partial(_dequantize, n, k), (FORWARD,), _peers(False))
-        for n, k in _matrices(suite)
-    ]
+    cases = []
+    for n, k in _matrices(suite):
+        work = {FORWARD: Work(0, _bytes(n, k) + n * k * DTYPE.itemsize)}
+        make = partial(_dequantize, n, k)
+        cases.append(Case("nf4_dequantize", f"[{n}, {k}]", _need(n, k), make, work, _peers(False)))
+    return cases
 
 
 def nf4_linear(suite: Suite) -> list[Case]:
@@ -26,10 +29,13 @@ def nf4_linear(suite: Suite) -> list[Case]:
     cases = []
     for n, k in _matrices(suite):
         for rows in (1, 8, suite.tokens):
-            passes = (FORWARD, BOTH) if rows == suite.tokens else (FORWARD,)
+            product, moved = 2.0 * rows * n * k, _bytes(n, k) + rows * (n + k) * DTYPE.itemsize
+            work = {FORWARD: Work(product, moved)}
+            work |= {BOTH: Work(2 * product, 2 * moved)} if rows == suite.tokens else {}
             need = _need(n, k) + 8.0 * rows * (n + k) * WIDER.itemsize
             title, sizes = f"[{rows}, {k}] x [{n}, {k}]", (rows, n, k)
-            cases.append(Case("nf4_linear", title, need, partial(_linear, *sizes), passes, _peers(True)))
+            make = partial(_linear, *sizes, grad=BOTH in work)
+            cases.append(Case("nf4_linear", title, need, make, work, _peers(True)))
     return cases
 
 
@@ -41,8 +47,14 @@ def _need(n: int, k: int) -> float:
     return n * k * (1.0 + 2 * DTYPE.itemsize + 2 * WIDER.itemsize)
 
 
+def _bytes(n: int, k: int) -> float:
+    """Of a matrix in 4 bits."""
+    return n * k * (0.5 + 4 / 64)
+
+
 def _peers(product: bool) -> peers.Makers:
-    return {"bitsandbytes": peers.bitsandbytes_linear if product else peers.bitsandbytes_dequantize}
+    theirs = peers.bitsandbytes_linear if product else peers.bitsandbytes_dequantize
+    return {"torch.compile": compiled, "bitsandbytes": theirs}
 
 
 def _weight(n: int, k: int) -> NF4Weight:
@@ -51,7 +63,6 @@ def _weight(n: int, k: int) -> NF4Weight:
 
 def _dequantize(n: int, k: int) -> Problem:
     weight = _weight(n, k)
-    moved = weight.packed.nbytes + weight.absmax.nbytes + n * k * DTYPE.itemsize
 
     def plain(weight: NF4Weight) -> Tensor:
         return reference.nf4_dequantize(weight, DTYPE)
@@ -59,18 +70,11 @@ def _dequantize(n: int, k: int) -> Problem:
     def truth() -> list[Tensor]:
         return [reference.nf4_dequantize(weight, WIDER)]
 
-    return Problem((weight,), ops.nf4_dequantize, plain, {FORWARD: Work(0, moved)}, truth=truth)
+    return Problem((weight,), ops.nf4_dequantize, plain, truth=truth)
 
 
-def _linear(rows: int, n: int, k: int) -> Problem:
-    weight, x = _weight(n, k), randn(rows, k, grad=True)
-    product = 2.0 * rows * n * k
-    moved = weight.packed.nbytes + weight.absmax.nbytes + rows * (n + k) * DTYPE.itemsize
-    work = {FORWARD: Work(product, moved), BOTH: Work(2 * product, 2 * moved)}
-    if rows <= 16:
-        del work[BOTH]
-        x = x.detach()
-    return Problem((x, weight), ops.nf4_linear, _plain, work)
+def _linear(rows: int, n: int, k: int, grad: bool = False) -> Problem:
+    return Problem((randn(rows, k, grad=grad), _weight(n, k)), ops.nf4_linear, _plain)
 
 
 def _plain(x: Tensor, weight: NF4Weight) -> Tensor:

@@ -41,8 +41,15 @@ def rollout(suite: Suite, prompts: int = 4, each: int = 8) -> list[Case]:
         need = model.weights * (2.0 * DTYPE.itemsize + WIDER.itemsize)
         need += 2.0 * prompts * each * 2 * length * model.vocabulary * WIDER.itemsize
         title = f"{model.name}, {prompts} x ({length} + {each} x {length}) tokens"
-        cases.append(Case("rollout", title, need, partial(_problem, model, length, prompts, each), (GENERATE,)))
+        make = partial(_problem, model, length, prompts, each)
+        cases.append(Case("rollout", title, need, make, _work(model, length, prompts, each)))
     return cases
+
+
+def _work(model: ModelShape, length: int, count: int, each: int) -> dict[str, Work]:
+    drawn, head = count * each * length, model.hidden * model.vocabulary
+    flops = 2.0 * model.layers * model.layer_weights * (count * length + drawn) + 2.0 * head * drawn
+    return {GENERATE: Work(flops, float(length * (model.weights - head) * DTYPE.itemsize))}
 
 
 def _problem(model: ModelShape, length: int, count: int, each: int) -> Problem:
@@ -70,11 +77,7 @@ def _problem(model: ModelShape, length: int, count: int, each: int) -> Problem:
         return [(found.to(WIDER) - _scored(wide, rows, tokens)).to(found.dtype)]
 
     truth = [torch.zeros(len(rows), length, device=DEVICE, dtype=WIDER)]
-    drawn = len(rows) * length
-    flops = 2.0 * model.layers * model.layer_weights * (count * length + drawn)
-    flops += 2.0 * model.hidden * model.vocabulary * drawn
-    moved = float(length * (model.weights - model.hidden * model.vocabulary) * DTYPE.itemsize)
-    return Problem((), ours, theirs, {GENERATE: Work(flops, moved)}, checked=checked, truth=lambda: truth)
+    return Problem((), ours, theirs, checked=checked, truth=lambda: truth)
 
 
 def _cache_bytes(model: ModelShape, length: int, count: int) -> int:

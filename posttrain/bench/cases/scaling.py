@@ -51,7 +51,8 @@ def grpo(suite: Suite) -> list[Case]:
 
 def _over(axis: str, cases: dict[int, Case]) -> Iterator[Case]:
     for size, case in cases.items():
-        yield replace(case, title=f"{axis} = {size}: {case.title}", passes=case.passes[-1:], axis=axis, size=size)
+        last = case.only(case.passes[-1])
+        yield replace(last, title=f"{axis} = {size}: {case.title}", axis=axis, size=size)
 
 
 SCALING: dict[str, Callable[[Suite], list[Case]]] = {

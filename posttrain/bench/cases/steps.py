@@ -10,13 +10,16 @@ and of the head and target; DPO's reference takes 2 more.
 
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.nn.functional import logsigmoid
 from torch.nn.utils.rnn import pad_sequence
 
+from posttrain.bench import trainer_peers as peers
 from posttrain.bench.case import Case, Problem, Work
 from posttrain.bench.cases.model import make_models
 from posttrain.bench.device import DEVICE, DTYPE, GPU, WIDER
@@ -86,17 +89,27 @@ def _grpo(logprobs: Logprobs, sequence: Tensor) -> Tensor:
 
 def _cases(suite: Suite, op: str, title: str, texts: Texts, each: int, loss: Loss) -> list[Case]:
     longest = max(texts.prompts) + max(texts.answers)
+    named: peers.Makers = {"torch.compile": peers.compiled, "TRL": peers.trl}
+    if op == "sft":
+        named = {**named, "TRL padding-free": peers.trl_padding_free}
     cases = []
     for model in suite.steps:
         weights = max(4 * DTYPE.itemsize, DTYPE.itemsize + 2 * WIDER.itemsize) * model.weights
         logits = 3.0 * WIDER.itemsize * len(texts.answers) * (max(texts.answers) + 1) * model.vocabulary
         need = weights + logits + 40.0 * len(texts.answers) * longest * model.layers * model.inner
-        make = partial(_problem, model, texts, each, longest, loss, 8 if op == "dpo" else 6)
-        cases.append(Case(op, f"{model.name}, {title} tokens", need, make, (STEP,)))
+        make = partial(_problem, model, texts, each, longest, loss)
+        work = {STEP: _work(model, texts, 8 if op == "dpo" else 6)}
+        cases.append(Case(op, f"{model.name}, {title} tokens", need, make, work, named))
     return cases
 
 
-def _problem(model: ModelShape, texts: Texts, each: int, longest: int, loss: Loss, factor: int) -> Problem:
+def _work(model: ModelShape, texts: Texts, factor: int) -> Work:
+    targets = sum(texts.answers)
+    layers = model.layers * model.layer_weights * (sum(texts.prompts) + targets)
+    return Work(float(factor * (layers + model.hidden * model.vocabulary * targets)), 0.0)
+
+
+def _problem(model: ModelShape, texts: Texts, each: int, longest: int, loss: Loss) -> Problem:
     from posttrain.models import token_logprobs
 
     prepared, plain, wide = make_models(model, longest)
@@ -117,18 +130,19 @@ def _problem(model: ModelShape, texts: Texts, each: int, longest: int, loss: Los
 
     truth = _step(wide, partial(padded, wide), loss, batch.sequence)
     del wide
-    work = Work(
-        factor * (model.layers * model.layer_weights * len(batch.input_ids))
-        + factor * float(model.hidden * model.vocabulary * len(batch.targets)),
-        0.0,
-    )
-    ours = partial(_step, prepared, lambda: token_logprobs(prepared, batch).logprob, loss, batch.sequence, optimizer)
-    theirs = partial(_step, plain, partial(padded, plain), loss, batch.sequence, optimizer)
-    return Problem((), ours, theirs, {STEP: work}, truth=lambda: truth)
+
+    def step(logprobs: Logprobs) -> Callable[[], list[Tensor]]:
+        return partial(_step, plain, logprobs, loss, batch.sequence, optimizer)  # all have the same weights
+
+    context = SimpleNamespace(model=plain, rows=rows, logprobs=padded, step=step)
+    context.labels = torch.where(functional.pad(real, (1, 0)), rows, -100)
+    context.lengths = [texts.prompts[index // each] + answer for index, answer in enumerate(texts.answers)]
+    ours = step(lambda: token_logprobs(prepared, batch).logprob)
+    return Problem((), ours, step(partial(padded, plain)), context, truth=lambda: truth)
 
 
 def _step(module: Any, logprobs: Logprobs, loss: Loss, sequence: Tensor, optimizer: Any = None) -> list[Tensor]:
-    """One optimizer step; the log-probabilities and the gradient of the first norm, which goes through all layers."""
+    """One optimizer step: its loss, the log-probabilities, and the gradient of the first norm, through all layers."""
     seen: list[Tensor] = []
 
     def noted() -> Tensor:
@@ -137,10 +151,11 @@ def _step(module: Any, logprobs: Logprobs, loss: Loss, sequence: Tensor, optimiz
 
     module.zero_grad()
     with torch.enable_grad():
-        loss(noted, sequence).backward()
+        value = loss(noted, sequence)
+        value.backward()
     if optimizer is not None:
         optimizer.step()
-    return [seen[-1].detach(), module.get_decoder().layers[0].input_layernorm.weight.grad.clone()]
+    return [value.detach(), seen[-1].detach(), module.get_decoder().layers[0].input_layernorm.weight.grad.clone()]
 
 
 def _batch(texts: Texts, each: int, vocabulary: int) -> tuple[Any, Tensor, Tensor]:
@@ -153,9 +168,9 @@ def _batch(texts: Texts, each: int, vocabulary: int) -> tuple[Any, Tensor, Tenso
         return torch.randint(3, vocabulary, (count,), generator=draw, dtype=torch.int32)
 
     prompts = [random(count) for count in texts.prompts]
-    owner = [prompts[index // each] for index in range(len(texts.answers))]
-    ids = [torch.cat([prompt, random(count)]) for prompt, count in zip(owner, texts.answers, strict=True)]
-    masks = [torch.arange(len(x)) >= len(prompt) for x, prompt in zip(ids, owner, strict=True)]
+    owners = [prompts[index // each] for index in range(len(texts.answers))]
+    ids = [torch.cat([prompt, random(count)]) for prompt, count in zip(owners, texts.answers, strict=True)]
+    masks = [torch.arange(len(x)) >= len(prompt) for x, prompt in zip(ids, owners, strict=True)]
     examples = [Example(x.numpy(), mask.numpy()) for x, mask in zip(ids, masks, strict=True)]
     rows, real = (pad_sequence(x, batch_first=True).to(DEVICE) for x in (ids, masks))
     return PackedBatch.pack(examples, share_prefixes=each > 1).to(DEVICE), rows.long(), real[:, 1:]
