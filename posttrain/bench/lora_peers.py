@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from posttrain.bench.case import Arguments, Problem, Way
+from posttrain.bench.case import Arguments, Function, Problem, Way
 from posttrain.bench.device import DEVICE
 from posttrain.bench.peers import Makers
 from posttrain.ops import NF4Weight
+from posttrain.ops.nf4_weight import code_table
 
 __all__ = ["Makers"]
 
@@ -84,6 +85,28 @@ def _peft_layers(problem: Problem, arguments: Arguments) -> nn.Module:
         layer.lora_A["default"]._parameters["weight"] = lora_a
         layer.lora_B["default"]._parameters["weight"] = lora_b
     return layers
+
+
+def compiled_dequantize(problem: Problem) -> Function:
+    """torch.compile, of both halves of the bytes looked up in a table that is there already."""
+    return _compiled(_dequantize)
+
+
+def compiled_nf4_linear(problem: Problem) -> Function:
+    """The same, and the product."""
+    return _compiled(lambda x, weight, table: functional.linear(x, _dequantize(weight, table)))
+
+
+def _compiled(function: Function) -> Function:
+    torch._dynamo.reset()  # what was compiled for other shapes
+    table = code_table(torch.device(DEVICE)).clone()
+    fast = torch.compile(function, dynamic=False)
+    return lambda *arguments: fast(*arguments, table)
+
+
+def _dequantize(weight: NF4Weight, table: Tensor) -> Tensor:
+    halves = torch.stack([table[weight.packed.view(-1).int() >> shift & 15] for shift in (4, 0)], -1)
+    return (halves.view(-1, weight.blocksize) * weight.absmax[:, None]).view(weight.shape).to(weight.dtype)
 
 
 def bitsandbytes_dequantize(problem: Problem) -> Way:

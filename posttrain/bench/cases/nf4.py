@@ -9,7 +9,6 @@ from posttrain import ops
 from posttrain.bench import lora_peers as peers
 from posttrain.bench.case import BOTH, FORWARD, Case, Problem, Work, randn
 from posttrain.bench.device import DTYPE, WIDER
-from posttrain.bench.peers import compiled
 from posttrain.bench.shapes import Suite
 from posttrain.ops import NF4Weight, reference
 
@@ -53,8 +52,9 @@ def _bytes(n: int, k: int) -> float:
 
 
 def _peers(product: bool) -> peers.Makers:
-    theirs = peers.bitsandbytes_linear if product else peers.bitsandbytes_dequantize
-    return {"torch.compile": compiled, "bitsandbytes": theirs}
+    if product:
+        return {"torch.compile": peers.compiled_nf4_linear, "bitsandbytes": peers.bitsandbytes_linear}
+    return {"torch.compile": peers.compiled_dequantize, "bitsandbytes": peers.bitsandbytes_dequantize}
 
 
 def _weight(n: int, k: int) -> NF4Weight:
