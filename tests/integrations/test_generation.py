@@ -4,11 +4,13 @@ import pytest
 import torch
 import trl
 from peft import LoraConfig
+from tiny_models import tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import posttrain
 from posttrain.integrations import counters
-from posttrain.integrations.trl_generation import _sampling, _Unfit
+from posttrain.integrations.trl_generation import _check_model, _sampling, _Unfit
+from posttrain.models import prepare
 from posttrain.models.causal_lm import causal_lm
 from posttrain.rollout import SamplingParams
 
@@ -161,3 +163,21 @@ def test_settings_of_the_engine():
 def test_settings_that_the_engine_has_not(given, reason):
     with pytest.raises(_Unfit, match=reason):
         _sampling(settings(**given))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda model: setattr(model, "_tp_size", 2), "divided among processes"),
+        (lambda model: model.lm_head.to("meta"), "several devices"),
+        (lambda model: model.set_attn_implementation("sdpa"), "attention is not ours"),
+    ],
+    ids=["tensor parallelism", "devices", "attention"],
+)
+def test_models_that_the_engine_has_not(change, reason):
+    model = tiny("llama")
+    prepare(model)
+    _check_model(model)
+    change(model)
+    with pytest.raises(_Unfit, match=reason):
+        _check_model(model)
