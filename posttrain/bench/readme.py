@@ -42,6 +42,12 @@ class Results:
         """Whether there is a comparison of this name."""
         return (self.folder / f"{name}.json").exists()
 
+    def memory(self, name: str) -> dict[str, Any]:
+        """The peaks beside a comparison of trainers ("sft-memory-packing" beside "sft-packing"); {} without them."""
+        trainer, *rest = name.split("-", 1)
+        beside = "-".join([trainer, "memory", *rest])
+        return self.content(beside) if self.has(beside) else {}
+
     def speed(self, name: str, column: str = OURS, digits: int = 2) -> str:
         """Speed against the baseline, with its percentiles."""
         spread = self.content(name)["speedup"][column]
@@ -61,42 +67,57 @@ def _against_trl(values: Mapping[str, float], who: str = OURS) -> str:
     return f"{values[who]:.0f} against {values['trl']:.0f}"
 
 
+def _milliseconds(content: Mapping[str, Any], who: str = OURS) -> str:
+    """Of a step, against TRL's."""
+    return _against_trl({name: 1e3 * spread["median"] for name, spread in content["seconds"].items()}, who)
+
+
+def _rows(head: Sequence[str], labels: Mapping[Any, str], cells: Callable[[Any], Sequence[str]]) -> Rows:
+    """A row for each name: its label, and the cells that are made of the name."""
+    return [["", *head], *([label, *cells(name)] for name, label in labels.items())]
+
+
 def _logprob(results: Results) -> Rows:
-    labels = {  # with the names that a column has had
-        "**posttrain**": ("posttrain",),
-        "posttrain, `memory_budget` of 2 GB": ("posttrain cached",),
-        "log_softmax and gather": ("plain",),
-        "`torch.nn.functional.linear_cross_entropy`": ("torch whole", "torch lce"),
-        "the same, chunked": ("torch chunked", "torch lce chunked"),
-        "TRL": ("trl",),
-        "cut-cross-entropy, torch path": ("cce", "cce torch"),
+    measured = results.content("logprob-forward")["speedup"]
+    labels = {  # by column; the last ones are what columns were called
+        OURS: "**posttrain**",
+        "posttrain cached": "posttrain, `memory_budget` of 2 GB",
+        "plain": "log_softmax and gather",
+        "torch whole": "`torch.nn.functional.linear_cross_entropy`",
+        "torch lce": "`torch.nn.functional.linear_cross_entropy`",
+        "torch chunked": "the same, chunked",
+        "torch lce chunked": "the same, chunked",
+        "trl": "TRL",
+        "cce": "cut-cross-entropy, torch path",
+        "cce torch": "cut-cross-entropy, torch path",
     }
     modes = ("forward", "frozen", "trainable")
-    measured = results.content("logprob-forward")["speedup"]
-    rows = [["", "forward", "frozen head, forward and backward", "trainable head", "MB"]]
-    for label, names in labels.items():
-        for column in (name for name in names if name in measured):
-            cells = [results.times(f"logprob-{mode}", column) for mode in modes]
-            peaks = (results.content(f"logprob-memory-{mode}")["extra_megabytes"][column] for mode in modes)
-            rows.append([label, *cells, ", ".join(f"{peak:.0f}" for peak in peaks)])
-    return rows
+
+    def cells(column: str) -> list[str]:
+        peaks = (results.content(f"logprob-memory-{mode}")["extra_megabytes"][column] for mode in modes)
+        times = [results.times(f"logprob-{mode}", column) for mode in modes]
+        return [*times, ", ".join(f"{peak:.0f}" for peak in peaks)]
+
+    head = ["forward", "frozen head, forward and backward", "trainable head", "MB"]
+    return _rows(head, {column: label for column, label in labels.items() if column in measured}, cells)
 
 
 def _attention(results: Results) -> Rows:
     theory = results.content("attention-shared-forward")["theory"]
     shared = f"8 completions of 64 share a prompt of 1024, against copies of it; {theory:.2f} in theory"
-    labels = (
-        ("2048 tokens, against SDPA", "dense", "posttrain"),
-        ("32 documents of 27 to 927 tokens, against SDPA on the padded batch", "documents", "posttrain"),
-        ("the same, SDPA one by one", "documents", "SDPA, one by one"),
-        (shared, "shared", "posttrain"),
-        ("the same, prefix-grouper over SDPA", "shared", "prefix-grouper over SDPA"),
-    )
-    rows = [["", "forward", "forward and backward"]]
-    for label, name, column in labels:
-        passes = (f"attention-{name}-forward", f"attention-{name}-forward+backward")
-        rows.append([label, *(results.speed(each, column) for each in passes)])
-    return rows
+    labels = {
+        ("dense", OURS): "2048 tokens, against SDPA",
+        ("documents", OURS): "32 documents of 27 to 927 tokens, against SDPA on the padded batch",
+        ("documents", "SDPA, one by one"): "the same, SDPA one by one",
+        ("shared", OURS): shared,
+        ("shared", "prefix-grouper over SDPA"): "the same, prefix-grouper over SDPA",
+    }
+
+    def cells(key: tuple[str, str]) -> list[str]:
+        name, column = key
+        return [results.speed(f"attention-{name}-{kind}", column) for kind in ("forward", "forward+backward")]
+
+    return _rows(["forward", "forward and backward"], labels, cells)
 
 
 def _elementwise(results: Results) -> Rows:
@@ -108,28 +129,24 @@ def _elementwise(results: Results) -> Rows:
         "geglu": "geglu [4096, 1024]",
     }
     columns = (OURS, "torch.compile", "copying as many bytes")
-    rows = [["", *columns]]
-    for name, label in labels.items():
-        rows.append([label, *(results.speed(name, column, 1) for column in columns)])
-    return rows
+    return _rows(columns, labels, lambda name: [results.speed(name, column, 1) for column in columns])
 
 
 def _sft(results: Results) -> Rows:
     labels = {
-        "sft": ("without TRL's packing", "sft-memory"),
-        "sft-packing": ("with packing", "sft-memory-packing"),
-        "sft-shared-prompts": ("shared prompts, without TRL's packing", None),
+        "sft": "without TRL's packing",
+        "sft-packing": "with packing",
+        "sft-shared-prompts": "shared prompts, without TRL's packing",
     }
-    rows = [["", "speed against TRL", "tokens/s", "training, MB", "process, MB"]]
-    for name, (label, memory) in labels.items():
+
+    def cells(name: str) -> list[str]:
         content = results.content(name)
         rates = " against ".join(_thousands(content[f"{who} tokens/s"]) for who in (OURS, "trl"))
-        cells = [label, results.speed(name), rates, "", ""]
-        if memory:
-            peaks = results.content(memory)
-            cells[3:] = [_against_trl(peaks["megabytes"]), _against_trl(peaks["process_megabytes"])]
-        rows.append(cells)
-    return rows
+        memory = results.memory(name)
+        peaks = [_against_trl(memory[kind]) if memory else "" for kind in ("megabytes", "process_megabytes")]
+        return [results.speed(name), rates, *peaks]
+
+    return _rows(["speed against TRL", "tokens/s", "training, MB", "process, MB"], labels, cells)
 
 
 def _thousands(value: float) -> str:
@@ -138,20 +155,24 @@ def _thousands(value: float) -> str:
 
 
 def _steps(results: Results) -> Rows:
-    floor = "posttrain against the floor"
-    labels = (
-        ("DPO, 8 pairs of 256 + 2 x 64 tokens", "dpo", "dpo-memory", "posttrain, times the GEMM floor"),
-        ("GRPO, 4 prompts of 12 x 8 completions of 64", "grpo-short-prompts", "grpo-memory-short-prompts", floor),
-        ("GRPO, 4 prompts of 256 x 8 completions of 32", "grpo-long-prompts", "grpo-memory-long-prompts", floor),
-    )
-    rows = [["", "speed against TRL", "ms a step", "times the floor", "memory beyond the trainer, MB"]]
-    for label, name, memory, floor in labels:
+    labels = {
+        "dpo": "DPO, 8 pairs of 256 + 2 x 64 tokens",
+        "grpo-short-prompts": "GRPO, 4 prompts of 12 x 8 completions of 64",
+        "grpo-long-prompts": "GRPO, 4 prompts of 256 x 8 completions of 32",
+    }
+
+    def cells(name: str) -> list[str]:
         content = results.content(name)
-        milliseconds = {who: 1e3 * spread["median"] for who, spread in content["seconds"].items()}
-        peaks = results.content(memory)["megabytes"]
-        cells = [_against_trl(milliseconds), f"{content[floor]:.1f}", _against_trl(peaks)]
-        rows.append([label, results.speed(name), *cells])
-    return rows
+        floors = ("posttrain against the floor", "posttrain, times the GEMM floor")  # the latter DPO's until now
+        floor = next(content[key] for key in floors if key in content)
+        return [
+            results.speed(name),
+            _milliseconds(content),
+            f"{floor:.1f}",
+            _against_trl(results.memory(name)["megabytes"]),
+        ]
+
+    return _rows(["speed against TRL", "ms a step", "times the floor", "memory beyond the trainer, MB"], labels, cells)
 
 
 def _rollout(results: Results) -> Rows:
@@ -163,15 +184,18 @@ def _rollout(results: Results) -> Rows:
         "demo-shared": "the demo's model, shared prompts",
         "demo-mixed": "the demo's model, mixed lengths",
     }
-    rows = [["", "against `generate`", "tokens/s", "times its GEMMs"]]
-    for name, label in labels.items():
+    rate, batching = "posttrain tokens/s", "continuous batching tokens/s"
+    for name in labels:
         content = results.content(f"rollout-{name}")
-        rate = content["posttrain tokens/s"]
-        if "continuous batching tokens/s" in content:
-            label += f" ({rate / content['continuous batching tokens/s']:.1f} times continuous batching's speed)"
+        if batching in content:
+            labels[name] += f" ({content[rate] / content[batching]:.1f} times continuous batching's speed)"
+
+    def cells(name: str) -> list[str]:
+        content = results.content(f"rollout-{name}")
         floor = f"{content['posttrain time over that of its GEMMs']:.1f}"
-        rows.append([label, results.speed(f"rollout-{name}"), _thousands(rate), floor])
-    return rows
+        return [results.speed(f"rollout-{name}"), _thousands(content[rate]), floor]
+
+    return _rows(["against `generate`", "tokens/s", "times its GEMMs"], labels, cells)
 
 
 def _lora(results: Results) -> Rows:
@@ -182,28 +206,32 @@ def _lora(results: Results) -> Rows:
         "lora_mlp": "gated MLP of three such layers, forward and backward, against PEFT",
     }
     columns = (OURS, "PEFT", "frozen layer alone")
-    rows = [["", *columns]]
-    for name, label in labels.items():
+
+    def cells(name: str) -> list[str]:
         content = results.content(name)
         shown = {column: results.speed(name, column) for column in columns if column in content["speedup"]}
-        shown[content["baseline"]] = "1"
-        rows.append([label, *(shown.get(column, "") for column in columns)])
-    for key_heads in (4, 16):
-        kept = results.content(f"lora-activations-{key_heads}")["kept_bytes"]
-        sizes = [f"{kept[column] / 2**20:.0f}" for column in (OURS, "PEFT")]
-        rows.append([f"MiB that a decoder layer with {key_heads} key heads keeps for its backward", *sizes, ""])
-    return rows
+        return [{**shown, content["baseline"]: "1"}.get(column, "") for column in columns]
+
+    def kept(key_heads: int) -> list[str]:
+        sizes = results.content(f"lora-activations-{key_heads}")["kept_bytes"]
+        return [*(f"{sizes[column] / 2**20:.0f}" for column in (OURS, "PEFT")), ""]
+
+    layers = {n: f"MiB that a decoder layer with {n} key heads keeps for its backward" for n in (4, 16)}
+    return [*_rows(columns, labels, cells), *_rows(columns, layers, kept)[1:]]
 
 
 def _nf4(results: Results) -> Rows:
-    rows = [["rows of x", "ms", "speed against dequantising and multiplying", "bitsandbytes"]]
-    for count in (1, 4, 8, 16):
-        name = f"nf4_linear-{count}"
+    def cells(name: str) -> list[str]:
         content = results.content(name)
         theirs = results.speed(name, "bitsandbytes", 1) if "bitsandbytes" in content["speedup"] else ""
-        milliseconds = f"{1e3 * content['seconds'][OURS]['median']:.2f}"
-        rows.append([str(count), milliseconds, results.speed(name, digits=1), theirs])
-    return rows
+        return [f"{1e3 * content['seconds'][OURS]['median']:.2f}", results.speed(name, digits=1), theirs]
+
+    head, *rows = _rows(
+        ["ms", "speed against dequantising and multiplying", "bitsandbytes"],
+        {f"nf4_linear-{count}": str(count) for count in (1, 4, 8, 16)},
+        cells,
+    )
+    return [["rows of x", *head[1:]], *rows]
 
 
 def _drop_in(results: Results) -> Rows:
@@ -215,16 +243,14 @@ def _drop_in(results: Results) -> Rows:
         "grpo-short-prompts": "GRPO, 4 prompts of 12 x 8 completions of 64",
         "grpo-long-prompts": "GRPO, 4 prompts of 256 x 8 completions of 32",
     }
-    rows = [["", "speed against the script without", "ms a step", "memory beyond the trainer, MB"]]
-    for name, label in labels.items():
-        comparison, memory = f"drop-in-{name}", f"drop-in-{name}-memory"
-        if not results.has(comparison):
-            continue
-        seconds = results.content(comparison)["seconds"]
-        times = _against_trl({who: 1e3 * spread["median"] for who, spread in seconds.items()}, "enabled")
+
+    def cells(script: str) -> list[str]:
+        name, memory = f"drop-in-{script}", f"drop-in-{script}-memory"
         peaks = _against_trl(results.content(memory)["megabytes"], "enabled") if results.has(memory) else ""
-        rows.append([label, results.speed(comparison, "enabled"), times, peaks])
-    return rows
+        return [results.speed(name, "enabled"), _milliseconds(results.content(name), "enabled"), peaks]
+
+    measured = {name: label for name, label in labels.items() if results.has(f"drop-in-{name}")}
+    return _rows(["speed against the script without", "ms a step", "memory beyond the trainer, MB"], measured, cells)
 
 
 def _overview(results: Results) -> Rows:
