@@ -28,6 +28,7 @@ from posttrain.integrations.counting import count, say
 from posttrain.integrations.self_check import check_head, compute_dtype
 from posttrain.integrations.trl_logprob import head_obstacle, mean_of_logits
 from posttrain.models.causal_lm import ModelError, decoder
+from posttrain.models.disguise import Disguise, disguised
 from posttrain.models.head import Head, head
 from posttrain.models.prepare import without
 from posttrain.ops import linear_logprob
@@ -44,7 +45,7 @@ class _Wish:
     num_items: Tensor | int | None  # for the smoother
 
 
-class LossOnly:
+class LossOnly(Disguise):
     """Marks a causal LM whose forward can leave out the logits; `calls` are the names that its own forward uses."""
 
     calls: tuple[str, ...]
@@ -90,9 +91,7 @@ def _loss_only_class(original: Any) -> type:
         say(f"posttrain: the loss is left to transformers: {obstacle}")
         return _with_logits(partial(original.forward, self, *args), wish, kwargs)
 
-    body = {"__module__": original.__module__, "__doc__": original.__doc__, "forward": forward}
-    body["calls"] = unwrap(original.forward).__code__.co_names
-    return type(original.__name__, (LossOnly, original), body)
+    return disguised(original, LossOnly, forward=forward, calls=unwrap(original.forward).__code__.co_names)
 
 
 def _obstacle(causal: Any, wish: _Wish, kwargs: Mapping[str, Any]) -> str | None:

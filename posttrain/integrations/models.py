@@ -1,23 +1,28 @@
 """Which models of other people's scripts get our ops, and how they lose them again."""
 
+import gc
 from typing import Any
 from weakref import WeakSet
 
 from torch import nn
+from transformers import PreTrainedConfig
 
-from posttrain.integrations.causal_loss import replace_loss, restore_loss
+from posttrain.integrations.causal_loss import LossOnly, replace_loss, restore_loss
 from posttrain.integrations.counting import count, say
-from posttrain.integrations.self_check import forget_heads, unwatch, watch
+from posttrain.integrations.self_check import Watched, forget_heads, unwatch, watch
 from posttrain.integrations.versions import installed
 from posttrain.models import ModelError, Report, prepare, restore
 from posttrain.models.causal_lm import causal_lm, decoder
-from posttrain.models.prepare import is_prepared
+from posttrain.models.disguise import AttentionName, Disguise
+from posttrain.models.families import Fused
+from posttrain.models.prepare import is_prepared, restore_attention, restore_module
 
 _DEFAULT = ("sdpa", "posttrain")  # attention that nobody asked for by name; another one stays
 _DROPOUT = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob", "attn_dropout")
 
-_prepared: WeakSet[nn.Module] = WeakSet()
-_attached: WeakSet[nn.Module] = WeakSet()  # those, and models that the script has prepared itself
+_BY_ENABLE = "_posttrain_by_enable"  # in modules with classes of ours by `attach`, so in copies: whether all are
+
+_attached: WeakSet[nn.Module] = WeakSet()
 
 
 def patch(model: nn.Module, *, allow_untested: bool = False) -> Report:
@@ -59,25 +64,42 @@ def attach(model: Any) -> None:
         say(f"posttrain: {obstacle}")
         return
     causal = causal_lm(model)
-    if causal not in _prepared and not is_prepared(causal):  # not one that the script has prepared itself
+    by_hand = is_prepared(causal) and not causal.__dict__.get(_BY_ENABLE)  # the script has prepared it itself
+    if not is_prepared(causal):
         count("model prepared")
-        _prepared.add(causal)
     say(f"posttrain: {_prepare(model)}")
     replace_loss(causal)
     watch(decoder(causal))
     _attached.add(causal)
+    for module in causal.modules():
+        if isinstance(module, LossOnly | Watched) or (isinstance(module, Fused) and not by_hand):
+            module.__dict__[_BY_ENABLE] = not by_hand
+    named = causal.config._attn_implementation
+    if isinstance(named, AttentionName) and not by_hand:
+        named.by_enable = True
 
 
 def detach() -> None:
-    """Restore every model that `attach` has changed."""
-    for causal in list(_attached):
-        restore_loss(causal)
-        unwatch(decoder(causal))
-    for causal in list(_prepared):
-        restore(causal)
+    """Restore every model that `attach` has changed, and what was copied of one."""
+    known = [part for causal in _attached for module in causal.modules() for part in (module, _config(module))]
+    for found in [*known, *gc.get_objects()]:  # the second has no objects that gc.freeze has set aside
+        if issubclass(type(found), Disguise) and _BY_ENABLE in found.__dict__:
+            restore_loss(found)
+            unwatch(found)
+            if found.__dict__.pop(_BY_ENABLE):
+                restore_module(found)
+        elif issubclass(type(found), PreTrainedConfig) and _attention_by_enable(found):
+            restore_attention(found)
     forget_heads()
     _attached.clear()
-    _prepared.clear()
+
+
+def _config(module: nn.Module) -> Any:
+    return getattr(module, "config", None)
+
+
+def _attention_by_enable(config: Any) -> bool:
+    return getattr(getattr(config, "_attn_implementation", None), "by_enable", False)
 
 
 def _obstacle(model: Any) -> str | None:

@@ -17,7 +17,7 @@ checked again. It holds one layer and one slab in the wider dtype for as long as
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_map_only
 from posttrain.integrations.counting import count, say
 from posttrain.integrations.regroup import regroup
 from posttrain.models.attention import NAME
+from posttrain.models.disguise import Disguise, disguised, own
 from posttrain.models.families import Fused
 from posttrain.models.head import Head
 from posttrain.models.packing import packed_output
@@ -36,12 +37,12 @@ from posttrain.models.prepare import without
 from posttrain.models.trial import evaluating
 
 _TOKENS, _ROWS, _SLAB = 32, 8, 4096
+_LOOKED_AT = "_posttrain_looked_at"
 
 _layers: WeakKeyDictionary[nn.Module, set[tuple[Any, ...]]] = (
     WeakKeyDictionary()
 )  # what has passed, or can't be checked
 _heads: set[tuple[Any, ...]] = set()
-_watches: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 
 
 class Compared(NamedTuple):
@@ -53,32 +54,44 @@ class Compared(NamedTuple):
     truth: Tensor
 
 
-def watch(body: nn.Module) -> None:
+class Watched(Disguise):
+    """Marks a decoder whose layers are checked at its first forward; a hook would be in its pickles."""
+
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not self.__dict__.get(_LOOKED_AT):
+            _at_first(self, args, kwargs)
+        return super().__call__(*args, **kwargs)  # type: ignore[misc]
+
+
+@cache
+def _watched(original: Any) -> type:
+    return disguised(original, Watched)
+
+
+def watch(body: Any) -> None:
     """Check the layers of a decoder at its first forward with our ops, until `unwatch`, and those of its copies."""
-    if body not in _watches:
-        _watches[body] = body.register_forward_pre_hook(_at_first, with_kwargs=True)
+    if not isinstance(body, Watched):
+        original: Any = type(body)
+        body.__class__ = _watched(original)
 
 
-def unwatch(body: nn.Module) -> None:
+def unwatch(body: Any) -> None:
     """Undo `watch`."""
-    handle = _watches.pop(body, None)
-    if handle is not None:
-        handle.remove()
+    if isinstance(body, Watched):
+        body.__class__ = without(type(body), Watched)
     _layers.pop(body, None)
 
 
 @contextmanager
 def looked_at(body: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Iterator[None]:
     """A watched decoder, checked with these sequences `[B, T]` and not at the forwards inside, which aren't batches."""
-    handle = _watches.pop(body, None)
-    if handle is not None:
-        handle.remove()
+    if isinstance(body, Watched):
         _at_first(body, (), {"input_ids": input_ids, "attention_mask": attention_mask})
+    setattr(body, _LOOKED_AT, True)
     try:
         yield
     finally:
-        if handle is not None:
-            watch(body)
+        delattr(body, _LOOKED_AT)
 
 
 def forget_heads() -> None:
@@ -153,7 +166,7 @@ def _head_truth(found: Head, rows: Tensor, targets: Tensor, temperature: float) 
 
 
 def _at_first(body: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Hook before a decoder's forward."""
+    """Before a decoder's forward."""
     if torch.compiler.is_compiling():
         return
     ids = _sequences(kwargs.get("input_ids", args[0] if args else None), kwargs.get("attention_mask"))
@@ -249,8 +262,7 @@ def _copied(short: Any) -> Any:
     embeddings = short.get_input_embeddings()
     copied = copy.deepcopy(short, {id(embeddings): embeddings})
     for module in copied.modules():
-        if isinstance(module, Fused):
-            module.__class__ = without(type(module), Fused)
+        module.__class__ = own(type(module))
     for config in {id(c): c for m in copied.modules() if (c := getattr(m, "config", None)) is not None}.values():
         config._attn_implementation = "eager"  # "sdpa" has no capped scores
     return copied

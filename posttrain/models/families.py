@@ -22,6 +22,7 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor, nn
 
 from posttrain.models.causal_lm import ModelError
+from posttrain.models.disguise import Disguise
 from posttrain.models.lora_layers import Group, absorbed, adapted, drawn, halves, hooked, together
 from posttrain.models.quantized import NF4Linear
 from posttrain.ops import geglu, lora_linear, lora_mlp, lora_qkv, nf4_linear, rms_norm, rope, swiglu
@@ -31,7 +32,7 @@ Scale = tuple[Tensor, float]  # weight and eps of a norm
 Normed = Tensor | tuple[Tensor, Tensor]
 
 
-class Fused:
+class Fused(Disguise):
     """Marks a module whose forward is replaced; `kind` names by what."""
 
     kind: str

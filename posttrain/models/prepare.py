@@ -4,6 +4,7 @@ Every replaced module gets a class of its own: a subclass of the class it has, w
 in and the same name. Parameters, buffers, hooks, state-dict keys and saved checkpoints stay as they are, other models
 in the process are untouched, and `restore` only has to give the old class back. A subclass, and not a forward bound
 to the instance, because transformers wraps a layer's forward for activation checkpointing when the class is made.
+Copies keep our classes, pickles hold the original ones (disguise.py).
 """
 
 import inspect
@@ -15,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from posttrain.models.causal_lm import causal_lm
+from posttrain.models.disguise import AttentionName, Disguise, Mark, disguised, own
 from posttrain.models.families import (
     ACTIVATIONS,
     FAMILIES,
@@ -26,7 +28,6 @@ from posttrain.models.families import (
     with_rope,
 )
 from posttrain.models.lora_layers import adapted, is_adapter, is_bitsandbytes, is_lora
-from posttrain.models.quantized import BITSANDBYTES_MATRIX
 from posttrain.models.trial import obstacle_to_head, obstacle_to_packing
 
 
@@ -68,7 +69,7 @@ def prepare(model: nn.Module, *, attention: bool = True) -> Report:
     """
     causal = causal_lm(model)
     report = Report(type(causal).__name__)
-    causal._posttrain_prepared = True
+    causal._posttrain_prepared = Mark()
     text_config = causal.config.get_text_config()
     known = _family(causal) is not None and text_config is causal.config
     for module in causal.modules():
@@ -107,21 +108,30 @@ def replace_adapters(causal: Any, report: Report | None = None) -> None:
 
 def is_prepared(model: nn.Module) -> bool:
     """Whether `prepare` has seen `model`, or the model that it wraps."""
-    return any("_posttrain_prepared" in module.__dict__ for module in model.modules())
+    return any(bool(module.__dict__.get("_posttrain_prepared")) for module in model.modules())
 
 
 def restore(model: nn.Module) -> None:
     """Undo `prepare`: every module gets its own class back, and the model the attention it had."""
     causal = causal_lm(model)
     for module in causal.modules():
-        if isinstance(module, Fused):
-            module.__class__ = without(type(module), Fused)
-            module.__dict__.pop(BITSANDBYTES_MATRIX, None)
-    for mark in ("_posttrain_prepared", "_posttrain_head_obstacle"):
-        causal.__dict__.pop(mark, None)
-    before = causal.__dict__.pop("_posttrain_attention_before", None)
-    if before is not None:
-        causal.set_attn_implementation(before)
+        restore_module(module)
+        restore_attention(getattr(module, "config", None))
+
+
+def restore_module(module: Any) -> None:
+    """Give `module` alone its own class back, without the attention in its configuration."""
+    if isinstance(module, Fused):
+        module.__class__ = without(type(module), Fused)
+    for mark in [name for name in module.__dict__ if name.startswith("_posttrain")]:
+        del module.__dict__[mark]
+
+
+def restore_attention(config: Any) -> None:
+    """Give a configuration the attention that it had before `prepare`."""
+    found = getattr(config, "_attn_implementation", None)
+    if isinstance(found, AttentionName):
+        config._attn_implementation = found.before
 
 
 def _replace(module: Any, config: Any, report: Report) -> None:
@@ -168,7 +178,7 @@ def _first_of(names: list[str]) -> str:
 
 def _family(module: nn.Module) -> str | None:
     """The family whose modelling file defines the class of `module`."""
-    home = _original(type(module)).__module__
+    home = own(type(module)).__module__
     return next((name for name in FAMILIES if home == f"transformers.models.{name}.modeling_{name}"), None)
 
 
@@ -178,16 +188,16 @@ _ANYWHERE = (LoraLinear, BitsandbytesLinear)  # whatever the family
 @cache
 def _fused(original: Any, replacement: Any, activation: str | None = None) -> type:
     """A subclass of `original` with the forward of `replacement`."""
-    body: dict[str, Any] = {"__module__": original.__module__, "__doc__": original.__doc__}
+    body: dict[str, Any] = {}
     if activation is not None:
         body["kind"], op, body["activation"] = ACTIVATIONS[activation]
         body["gated"] = staticmethod(op)
     if issubclass(replacement, RotaryAttention):
         body["own"] = staticmethod(with_rope(_plain_forward(original)))
-    return type(original.__name__, (replacement, original), body)
+    return disguised(original, replacement, **body)
 
 
-def without(cls: Any, mixin: type) -> Any:
+def without(cls: Any, mixin: type[Disguise]) -> Any:
     """`cls` without the class, derived from `mixin`, that stands before the original among its bases.
 
     FSDP2 gives a module that it shards a class (FSDPModule, what it was), which can't be copied; ours is in the second.
@@ -196,10 +206,6 @@ def without(cls: Any, mixin: type) -> Any:
     if issubclass(first, mixin):
         return second
     return type(cls.__name__, (first, without(second, mixin)), {"__deepcopy__": vars(cls)["__deepcopy__"]})
-
-
-def _original(cls: type) -> type:
-    return cls.__bases__[1] if issubclass(cls, Fused) else cls
 
 
 def _plain_forward(cls: type) -> Any:
@@ -214,7 +220,11 @@ def _replace_attention(causal: Any, known: bool, report: Report) -> None:
     if obstacle:
         report.kept["attention"] = obstacle
         return
-    causal.set_attn_implementation(NAME)
     report.replaced["attention"] = causal.config.get_text_config().num_hidden_layers
     if before != NAME:
-        causal._posttrain_attention_before = before
+        causal.set_attn_implementation(NAME)
+        named = AttentionName(NAME, before)
+        configs: list[Any] = [getattr(module, "config", None) for module in causal.modules()]
+        for config in configs:
+            if getattr(config, "_attn_implementation", None) == NAME:
+                config._attn_implementation = named

@@ -1,0 +1,90 @@
+"""Classes of ours in place of a module's own, and what of them leaves the process.
+
+A module is given a subclass of the class it has, of the same name, with a class of ours before it: what that defines
+happens, and everything else stays. A copy has our classes, like the module it comes from. A pickle, as `torch.save` and
+other processes get it, holds the module's own class and the model's own attention, so it loads where there is no
+posttrain, as it was before.
+
+`copy` and `pickle` ask an object the same, so both get things here whose copy isn't what a pickle of them holds. With a
+method `__deepcopy__` the two differ, too, but PEFT's wrappers would take that of the model inside for their own.
+"""
+
+import copy
+from typing import Any, SupportsIndex
+
+
+class Disguise:
+    """What all classes of ours that stand before a module's own come from."""
+
+    def __reduce_ex__(self: Any, protocol: SupportsIndex) -> Any:
+        if not issubclass(type(self).__bases__[0], Disguise):  # a class of FSDP2's, which is never pickled
+            return super().__reduce_ex__(protocol)
+        state: Any = super().__reduce_ex__(2)[2]
+        outside = {name: value for name, value in state.items() if not name.startswith("_posttrain")}
+        return object.__new__, (_Here(type(self), own(type(self))),), _Here(state, outside)
+
+    def __copy__(self: Any) -> Any:
+        copied = object.__new__(type(self))
+        copied.__dict__.update(self.__dict__)
+        return copied
+
+
+class _Here:
+    """In a copy this is `here`, in a pickle `outside`."""
+
+    def __init__(self, here: Any, outside: Any) -> None:
+        self.here = here
+        self.outside = outside
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(self.here, memo)
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        return copy.copy, (self.outside,)
+
+
+class AttentionName(str):
+    """The name of our attention in a model's configuration; `before` is the one that a pickle holds."""
+
+    before: str
+    by_enable = False
+
+    def __new__(cls, name: str, before: str) -> "AttentionName":
+        self = super().__new__(cls, name)
+        self.before = before
+        return self
+
+    def __copy__(self) -> "AttentionName":
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "AttentionName":
+        return self
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        return str, (str(self.before),)
+
+
+class Mark:
+    """True; in a pickle False."""
+
+    def __copy__(self) -> "Mark":
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Mark":
+        return self
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        return bool, ()
+
+
+def disguised(original: Any, ours: type[Disguise], **body: Any) -> type:
+    """A subclass of `original`, with its name, that has what `ours` and `body` define."""
+    shown = {"__module__": original.__module__, "__doc__": original.__doc__}
+    return type(original.__name__, (ours, original), {**shown, **body})
+
+
+def own(cls: Any) -> Any:
+    """`cls` without the classes of ours that stand before it."""
+    while issubclass(cls.__bases__[0], Disguise):
+        cls = cls.__bases__[1]
+    return cls
