@@ -19,7 +19,6 @@ e^(r - lse). Two GEMMs in all.
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -130,7 +129,7 @@ def row_major(p: Problem) -> Problem:
     hidden, weight = (x if x.stride(-1) == 1 else x.contiguous() for x in (p.hidden, p.weight))
     others = {name: getattr(p, name) for name in ("targets", "rows", "bias", "lora_a", "lora_b")}
     others = {name: None if x is None else x.contiguous() for name, x in others.items()}
-    return replace(p, hidden=hidden, weight=weight, **others)
+    return p._replace(hidden=hidden, weight=weight, **others)
 
 
 def _parts(p: Problem) -> Iterator[slice]:
@@ -145,8 +144,8 @@ def _parts(p: Problem) -> Iterator[slice]:
 def _part(p: Problem, part: slice) -> Problem:
     """The problem of some of its targets."""
     if p.rows is None:
-        return replace(p, targets=p.targets[part], hidden=p.hidden[part])
-    return replace(p, targets=p.targets[part], rows=p.rows[part])
+        return p._replace(targets=p.targets[part], hidden=p.hidden[part])
+    return p._replace(targets=p.targets[part], rows=p.rows[part])
 
 
 def _head(p: Problem, low: Tensor | None) -> dict[str, Any]:

@@ -11,7 +11,6 @@ A unit that the forward saved only has to be weighted, and summed over the targe
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import torch
 import triton
@@ -29,26 +28,15 @@ from posttrain.kernels.logprob import (
     row_major,
 )
 from posttrain.ops.backend import cuda_device
-from posttrain.ops.logprob_problem import IGNORED, Grads, Needs, Problem, has_gradient
+from posttrain.ops.logprob_problem import IGNORED, Grads, Incoming, Needs, Problem, Results, has_gradient
 
 
-def logprob_backward(
-    p: Problem,
-    grad_logprob: Tensor | None,
-    grad_entropy: Tensor | None,
-    grad_lse: Tensor | None,
-    logprob: Tensor,
-    entropy: Tensor,
-    lse: Tensor,
-    lse_low: Tensor,
-    needs: Needs,
-) -> Grads:
+def logprob_backward(p: Problem, incoming: Incoming, results: Results, needs: Needs) -> Grads:
     """The gradients, from logits that are computed again slab by slab, except where a block of targets has none."""
-    incoming = (grad_logprob, grad_entropy, grad_lse)
     p = row_major(p)
     size, width = len(p.targets), p.hidden.shape[1]
     with cuda_device(p.hidden):
-        p = replace(p, targets=p.targets.where(has_gradient(p, *incoming), IGNORED))
+        p = p._replace(targets=p.targets.where(has_gradient(p, incoming), IGNORED))
         low = low_rank(p)
         grad_x = p.hidden.new_zeros((size, width), dtype=torch.float32) if needs.hidden else None
         grad_low = None if low is None else low.new_zeros(low.shape, dtype=torch.float32)
@@ -56,7 +44,7 @@ def logprob_backward(
         grad_weight = torch.empty_like(p.weight) if needs.weight else None
         grad_bias = torch.empty_like(p.bias) if p.bias is not None and needs.bias else None
         grad_b = torch.empty_like(p.lora_b) if p.lora_b is not None and needs.lora else None
-        coefficients = _coefficients(p, *incoming, logprob, entropy, lse, lse_low)
+        coefficients = _coefficients(p, incoming, results)
         for columns, d in _gradient_slabs(p, low, coefficients):
             if grad_x is not None:
                 accumulate(grad_x, d, p.weight[columns])
@@ -84,18 +72,11 @@ def unit_backward(grad_logprob: Tensor, unit: Tensor, rows: Tensor | None, num_r
         return _sum_rows(unit, grad_logprob.contiguous(), rows, num_rows, dtype)
 
 
-def _coefficients(
-    p: Problem,
-    grad_logprob: Tensor | None,
-    grad_entropy: Tensor | None,
-    grad_lse: Tensor | None,
-    logprob: Tensor,
-    entropy: Tensor,
-    lse: Tensor,
-    lse_low: Tensor,
-) -> dict[str, Tensor | None]:
+def _coefficients(p: Problem, incoming: Incoming, results: Results) -> dict[str, Tensor | None]:
     """What the gradient of a target's logits depends on besides the logits."""
     scale = p.logit_scale / p.temperature
+    grad_logprob, grad_entropy, grad_lse = incoming
+    logprob, entropy, lse, lse_low = results
     common, at_target = torch.zeros_like(logprob), torch.zeros_like(logprob)
     if grad_logprob is not None:
         common -= grad_logprob
@@ -168,7 +149,7 @@ def ahead_of_time() -> Iterator[Entry]:
     """The kernels with their production block sizes, for tests/kernels/aot.py."""
     for capability, p, b in problems_ahead_of_time():
         low = p.hidden[:, :16]
-        arguments = gemm_arguments(replace(p, lora_b=low), low, b)
+        arguments = gemm_arguments(p._replace(lora_b=low), low, b)
         arguments |= {"d_ptr": p.hidden, "d_stride": 1024, "first_tile": 1, "num_tiles": 1}
         arguments |= {} if p.need_entropy else {"grad_entropy_ptr": None}
         yield entry(kernels.gradient_kernel, f"{p.hidden.dtype} {tuple(b)}", arguments, capability=capability)

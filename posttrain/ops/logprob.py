@@ -30,15 +30,16 @@ frozen head's unit costs its two GEMMs whatever comes back.
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from posttrain.ops import logprob_tiled, reference
+from posttrain.ops import logprob_tiled, logprob_tiled_gradient, reference
 from posttrain.ops.backend import backend_for
 from posttrain.ops.library import define
-from posttrain.ops.logprob_problem import IGNORED, Grads, Needs, Problem
+from posttrain.ops.logprob_problem import IGNORED, Grads, Incoming, Needs, Problem, Results
 
 # A GPU's slabs are wider: each one reads and writes the whole float32 sum of the second GEMM.
 DEFAULT_MEMORY_BUDGET = {"cpu": 32 << 20, "cuda": 512 << 20}
@@ -102,7 +103,11 @@ def linear_logprob(
     lora_a, lora_b, scaling = lora or (None, None, 1.0)
     if lora_a is not None and lora_b is not None:  # adapters are often kept in float32 beside a bfloat16 head
         lora_a, lora_b = lora_a.to(hidden.dtype), lora_b.to(hidden.dtype)
-    _check(hidden, weight, targets, rows, bias, lora_a, lora_b, temperature, softcap)
+    if memory_budget is None:
+        memory_budget = DEFAULT_MEMORY_BUDGET.get(hidden.device.type, 32 << 20)
+    scalars = (float(scaling), float(temperature), softcap, float(logit_scale), need_entropy, memory_budget)
+    p = Problem(hidden, weight, targets, rows, bias, lora_a, lora_b, *scalars)
+    _check(p)
     backend = backend_for("linear_logprob", hidden)
     if backend == "reference":
         logprob, entropy, lse, is_top1 = reference.linear_logprob(
@@ -117,26 +122,17 @@ def linear_logprob(
             lora=lora,
         )
         return TokenLogprobs(logprob, entropy if need_entropy else None, lse, is_top1)
-    if memory_budget is None:
-        memory_budget = DEFAULT_MEMORY_BUDGET.get(hidden.device.type, 32 << 20)
-    head = [g for g in (weight, bias, lora_a, lora_b) if g is not None]
-    save = _what_to_save(hidden, head, len(targets), memory_budget, lora is not None, backend)
-    scalars = (float(scaling), float(temperature), softcap, float(logit_scale), need_entropy, memory_budget)
-    tensors = (hidden, weight, targets, rows, bias, lora_a, lora_b)
-    logprob, entropy, lse, _, is_top1, _ = _linear_logprob(*tensors, *scalars, save, backend)
+    logprob, entropy, lse, _, is_top1, _ = _linear_logprob(*p, _what_to_save(p, backend), backend)
     return TokenLogprobs(logprob, entropy if need_entropy else None, lse, is_top1)
 
 
-def _what_to_save(
-    hidden: Tensor, head: list[Tensor], targets: int, memory_budget: int, has_lora: bool, backend: str
-) -> str:
-    head_trains = any(g.requires_grad for g in head)
-    if not torch.is_grad_enabled() or not (hidden.requires_grad or head_trains):
+def _what_to_save(p: Problem, backend: str) -> str:
+    head_trains = any(x is not None and x.requires_grad for x in (p.weight, p.bias, p.lora_a, p.lora_b))
+    if not torch.is_grad_enabled() or not (p.hidden.requires_grad or head_trains):
         return "none"
-    wide = torch.promote_types(hidden.dtype, torch.float32).itemsize
-    if backend == "cpu" and targets * len(head[0]) * wide <= memory_budget:
+    if backend == "cpu" and len(p.targets) * len(p.weight) * p.wide.itemsize <= p.memory_budget:
         return "logits"
-    return "none" if head_trains or has_lora else "unit"
+    return "none" if head_trains or p.lora_a is not None else "unit"
 
 
 def _forward(*arguments) -> tuple[Tensor, ...]:
@@ -154,8 +150,7 @@ def _forward(*arguments) -> tuple[Tensor, ...]:
 def _fake(*arguments):
     *fields, save, _ = arguments
     p = Problem(*fields)
-    wide = torch.promote_types(p.hidden.dtype, torch.float32)
-    per_target = p.hidden.new_empty(p.targets.shape, dtype=wide)
+    per_target = p.hidden.new_empty(p.targets.shape, dtype=p.wide)
     saved_width = {"unit": p.hidden.shape[-1], "logits": p.weight.shape[0]}.get(save)
     saved_shape = (0,) if saved_width is None else (len(p.targets), saved_width)
     return (
@@ -164,7 +159,7 @@ def _fake(*arguments):
         torch.empty_like(per_target),
         torch.empty_like(per_target),
         torch.empty_like(per_target, dtype=torch.bool),
-        p.hidden.new_empty(saved_shape, dtype=wide),
+        p.hidden.new_empty(saved_shape, dtype=p.wide),
     )
 
 
@@ -192,20 +187,20 @@ def _backward(ctx, grad_logprob, grad_entropy, grad_lse, *_):
     return hidden, weight, None, None, bias, lora_a, lora_b, *nothing[7:]
 
 
-def _gradient(grad_logprob, grad_entropy, grad_lse, logprob, entropy, lse, lse_low, saved, *arguments):
-    *fields, needs, save, backend = arguments
+def _gradient(*arguments) -> tuple[Tensor, ...]:
+    incoming, results, (saved, *fields, needs, save, backend) = _parted(arguments)
     p = Problem(*fields)
-    incoming, results = (grad_logprob, grad_entropy, grad_lse), (logprob, entropy, lse, lse_low)
     with torch.autocast(p.hidden.device.type, enabled=False):
-        if save == "unit" and grad_entropy is None and grad_lse is None:
-            grads = Grads(_unit_gradient(p, grad_logprob, saved, backend), None, None, None, None)
+        if save == "unit" and incoming.logprob is not None and incoming.entropy is None and incoming.lse is None:
+            grads = Grads(_unit_gradient(p, incoming.logprob, saved, backend), None, None, None, None)
         elif backend == "triton":
             from posttrain.kernels.logprob_gradient import logprob_backward
 
-            grads = logprob_backward(p, *incoming, *results, Needs(*needs))
+            grads = logprob_backward(p, incoming, results, Needs(*needs))
         else:
             logits = saved if save == "logits" else None
-            grads = logprob_tiled.backward(_contiguous(p), *incoming, *results, logits, Needs(*needs), backend)
+            arguments = (_contiguous(p), incoming, results, logits, Needs(*needs), backend)
+            grads = logprob_tiled_gradient.backward(*arguments)
     return _filled(p, grads)
 
 
@@ -214,7 +209,12 @@ def _unit_gradient(p: Problem, grad_logprob: Tensor, unit: Tensor, backend: str)
         from posttrain.kernels.logprob_gradient import unit_backward
 
         return unit_backward(grad_logprob, unit, p.rows, len(p.hidden), p.hidden.dtype)
-    return logprob_tiled.unit_backward(_contiguous(p), grad_logprob, unit)
+    return logprob_tiled_gradient.unit_backward(_contiguous(p), grad_logprob, unit)
+
+
+def _parted(arguments: Sequence[Any]) -> tuple[Incoming, Results, Sequence[Any]]:
+    """The first arguments of the backward, and the others."""
+    return Incoming(*arguments[:3]), Results(*arguments[3:7]), arguments[7:]
 
 
 def _filled(p: Problem, grads: Grads) -> tuple[Tensor, ...]:
@@ -222,29 +222,20 @@ def _filled(p: Problem, grads: Grads) -> tuple[Tensor, ...]:
     return tuple(p.hidden.new_empty(0) if g is None else g for g in grads)
 
 
-def _fake_gradient(grad_logprob, grad_entropy, grad_lse, logprob, entropy, lse, lse_low, saved, *arguments):
-    *fields, needs, _, _ = arguments
+def _fake_gradient(*arguments):
+    _, _, (_, *fields, needs, _, _) = _parted(arguments)
     p, needs = Problem(*fields), Needs(*needs)
     wanted = zip((p.hidden, p.weight, p.bias, p.lora_a, p.lora_b), [*needs, needs.lora], strict=True)
     return tuple(torch.empty_like(x) if x is not None and need else p.hidden.new_empty(0) for x, need in wanted)
 
 
 def _contiguous(p: Problem) -> Problem:
-    tensors = {name: value.contiguous() for name, value in vars(p).items() if isinstance(value, Tensor)}
-    return Problem(**{**vars(p), **tensors})
+    tensors: dict[str, Any] = {name: x.contiguous() for name, x in p._asdict().items() if isinstance(x, Tensor)}
+    return p._replace(**tensors)
 
 
-def _check(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    rows: Tensor | None,
-    bias: Tensor | None,
-    lora_a: Tensor | None,
-    lora_b: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-) -> None:
+def _check(p: Problem) -> None:
+    hidden, weight, targets, rows = p[:4]
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         _refuse(f"hidden must be [N, H] and weight [V, H]; got {list(hidden.shape)} and {list(weight.shape)}")
     if len(weight) == 0:
@@ -260,19 +251,19 @@ def _check(
         _refuse(f"targets and rows must be on {hidden.device} like hidden; got targets on {targets.device}, {where}")
     if rows is not None and (rows.shape != targets.shape or rows.dtype != torch.int64):
         _refuse(f"rows must be int64 {list(targets.shape)} like targets; got {rows.dtype} {list(rows.shape)}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        _refuse(f"bias must be [V] = [{len(weight)}]; got {list(bias.shape)}")
-    if lora_a is not None and lora_b is not None:
-        rank = lora_a.shape[0] if lora_a.ndim == 2 else -1
-        if lora_a.shape != (rank, hidden.shape[1]) or lora_b.shape != (len(weight), rank):
-            _refuse(f"lora must be A [R, H], B [V, R]; got {list(lora_a.shape)} and {list(lora_b.shape)}")
-    for name, x in {"weight": weight, "bias": bias, "lora A": lora_a, "lora B": lora_b}.items():
+    if p.bias is not None and p.bias.shape != weight.shape[:1]:
+        _refuse(f"bias must be [V] = [{len(weight)}]; got {list(p.bias.shape)}")
+    if p.lora_a is not None and p.lora_b is not None:
+        rank = p.lora_a.shape[0] if p.lora_a.ndim == 2 else -1
+        if p.lora_a.shape != (rank, hidden.shape[1]) or p.lora_b.shape != (len(weight), rank):
+            _refuse(f"lora must be A [R, H], B [V, R]; got {list(p.lora_a.shape)} and {list(p.lora_b.shape)}")
+    for name, x in {"weight": weight, "bias": p.bias, "lora A": p.lora_a, "lora B": p.lora_b}.items():
         if x is not None and (x.dtype != hidden.dtype or x.device != hidden.device):
             _refuse(f"{name} must be {hidden.dtype} on {hidden.device} like hidden; got {x.dtype} on {x.device}")
-    if not temperature > 0:
-        _refuse(f"temperature must be positive, got {temperature}")
-    if softcap is not None and not 0 < softcap < math.inf:
-        _refuse(f"softcap must be positive and finite, got {softcap}")
+    if not p.temperature > 0:
+        _refuse(f"temperature must be positive, got {p.temperature}")
+    if p.softcap is not None and not 0 < p.softcap < math.inf:
+        _refuse(f"softcap must be positive and finite, got {p.softcap}")
     _check_range("targets", targets, len(weight), also=IGNORED)
     if rows is not None:
         _check_range("rows", rows, len(hidden), also=0 if len(hidden) else None)

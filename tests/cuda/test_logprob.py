@@ -4,14 +4,14 @@ import pytest
 import torch
 from tolerance import HALF, assert_as_good_as, assert_true_to, assert_unbiased
 
-from posttrain.ops import linear_logprob, logprob_tiled, reference, use_backend
+from posttrain.ops import linear_logprob, logprob_tiles, reference, use_backend
 
 
 @pytest.fixture(params=[131, 136])
 def small_tiles(monkeypatch, request):
     """Tiles that small problems cross several of, with rows that are 16-byte aligned or not."""
-    monkeypatch.setattr(logprob_tiled, "ROWS", 7)
-    monkeypatch.setattr(logprob_tiled, "COLUMNS", request.param)
+    monkeypatch.setattr(logprob_tiles, "ROWS", 7)
+    monkeypatch.setattr(logprob_tiles, "COLUMNS", request.param)
 
 
 def inputs(device: str, dtype: torch.dtype, seed: int = 3, **sizes: int) -> dict[str, torch.Tensor]:
@@ -105,7 +105,7 @@ def test_strides(device, frozen):
 
 @pytest.mark.parametrize("which", ["logprob", "gradient of the bias"])
 def test_errors_have_no_side(device, which, monkeypatch):
-    monkeypatch.setattr(logprob_tiled, "COLUMNS", 64)
+    monkeypatch.setattr(logprob_tiles, "COLUMNS", 64)
 
     def result(op, seed: int, device: str, dtype: torch.dtype) -> torch.Tensor:
         x = inputs(device, dtype, seed, n=4, m=8, h=8, v=97)
@@ -155,7 +155,7 @@ def test_whole_tiles(device, dtype):
 
 
 def test_a_row_wider_than_its_registers_is_refused(device, monkeypatch):
-    monkeypatch.setattr(logprob_tiled, "COLUMNS", 2049)
+    monkeypatch.setattr(logprob_tiles, "COLUMNS", 2049)
     x = inputs(device, torch.float32, n=3, m=3, h=4, v=2049)
     with use_backend("cuda"), pytest.raises(RuntimeError, match="CUDA: invalid argument"):
         run(linear_logprob, x, True, 1)

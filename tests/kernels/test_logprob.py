@@ -1,7 +1,7 @@
 """linear_logprob in Triton, on the GPU or interpreted: every feature against the reference in float64, and its bits."""
 
 import itertools
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from posttrain.kernels import logprob_gradient_device as gradient_device
 from posttrain.kernels.logprob import Blocks, logprob_forward
 from posttrain.kernels.logprob_gradient import logprob_backward, unit_backward
 from posttrain.ops import linear_logprob, reference, use_backend
-from posttrain.ops.logprob_problem import Needs, Problem
+from posttrain.ops.logprob_problem import Incoming, Needs, Problem, Results
 
 ON_GPU = torch.cuda.is_available()
 ALL = Needs(True, True, True, True)
@@ -64,7 +64,7 @@ class Case:
 def converted(p: Problem, dtype: torch.dtype, device: str) -> Problem:
     tensors = {name: x for name, x in vars(p).items() if isinstance(x, torch.Tensor)}
     moved = {name: x.detach().to(device, dtype if x.is_floating_point() else x.dtype) for name, x in tensors.items()}
-    return replace(p, **moved)
+    return p._replace(**moved)
 
 
 def leaves(p: Problem) -> list[torch.Tensor]:
@@ -95,7 +95,7 @@ def ours(p: Problem, incoming, needs: Needs = ALL):
     """Outputs, the gradients of the recomputing backward, and the unit."""
     *results, lse_low, is_top1, _ = logprob_forward(p, "none")
     device_incoming = [None if g is None else g.to(p.hidden.device, torch.float32) for g in incoming]
-    grads = logprob_backward(p, *device_incoming, *results, lse_low, needs)
+    grads = logprob_backward(p, Incoming(*device_incoming), Results(*results, lse_low), needs)
     return [*results, is_top1], [g for g in grads if g is not None]
 
 
@@ -191,7 +191,7 @@ def test_blocks_without_gradient_compute_no_logits(monkeypatch, triton_device):
         incoming = case.incoming.float()
         incoming[:, list(inactive)] = 0
         calls.clear()
-        logprob_backward(p, *incoming, *results, ALL)
+        logprob_backward(p, Incoming(*incoming), Results(*results), ALL)
         assert len(calls) == row_blocks * tiles
 
 
@@ -209,7 +209,8 @@ def test_only_what_is_needed(needs, triton_device):
 def logprob_backward_of(case: Case, needs: Needs, device: str):
     p = case.problem(torch.float32, device)
     *results, _, _ = logprob_forward(p, "none")
-    return logprob_backward(p, *(g.to(device, torch.float32) for g in case.incoming), *results, needs)
+    incoming = Incoming(*(g.to(device, torch.float32) for g in case.incoming))
+    return logprob_backward(p, incoming, Results(*results), needs)
 
 
 def test_no_entropy_unless_asked(triton_device):
@@ -229,14 +230,14 @@ def test_same_bits_again_and_alone(save, triton_device):
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a, b)
     for i in (0, 17, 59):
-        alone = logprob_forward(replace(p, targets=p.targets[i : i + 1], rows=p.rows[i : i + 1]), save)
+        alone = logprob_forward(p._replace(targets=p.targets[i : i + 1], rows=p.rows[i : i + 1]), save)
         for a, b in zip(alone[:5], first[:5], strict=True):
             assert torch.equal(a, b[i : i + 1])
 
 
 def test_lora_has_the_same_bits_alone(triton_device):
     p = Case(n=40, m=60, rank=5).problem(torch.float32, triton_device)
-    alone = logprob_forward(replace(p, targets=p.targets[7:8], rows=p.rows[7:8]), "none")
+    alone = logprob_forward(p._replace(targets=p.targets[7:8], rows=p.rows[7:8]), "none")
     for a, b in zip(alone[:5], logprob_forward(p, "none")[:5], strict=True):
         assert torch.equal(a, b[7:8])
 
@@ -245,7 +246,7 @@ def with_logits(z: torch.Tensor, targets: list[int], scale: float) -> Case:
     """A case whose logits are exactly `z` [M, V]: hidden is `scale` times the identity."""
     case = Case(n=len(z), m=len(z), v=z.shape[1], h=len(z), rows=False, ignored=())
     hidden, weight = torch.eye(len(z)).double() * scale, z.T.double() / scale
-    case.wide = replace(case.wide, hidden=hidden, weight=weight, targets=torch.tensor(targets))
+    case.wide = case.wide._replace(hidden=hidden, weight=weight, targets=torch.tensor(targets))
     return case
 
 
@@ -275,8 +276,7 @@ def test_masked_tokens(triton_device):
     p.bias[masked] = float("-inf")
     kept = [v for v in range(97) if v not in masked]
     position = {v: i for i, v in enumerate(kept)}
-    small = replace(
-        case.wide,
+    small = case.wide._replace(
         weight=case.wide.weight[kept],
         bias=case.wide.bias[kept],
         targets=torch.tensor([position.get(int(y), -100) for y in case.wide.targets]),
@@ -305,8 +305,7 @@ def test_confident_targets_keep_their_digits(triton_device):
 def test_strided_inputs(triton_device):
     case = Case(n=10, h=32, v=65)
     p = case.problem(torch.float32, triton_device)
-    strided = replace(
-        p,
+    strided = p._replace(
         hidden=torch.cat([p.hidden, p.hidden], 1)[:, :32],
         weight=p.weight.T.contiguous().T,
         targets=p.targets.repeat_interleave(2)[::2],

@@ -7,7 +7,17 @@ import torch
 from tolerance import HALF, assert_as_good_as, assert_true_to, assert_unbiased
 
 from posttrain.objectives.policy import PolicyCounts, PolicyObjective, PolicyTargets, policy_loss
-from posttrain.ops import BackendError, backend_for, linear_logprob, logprob_tiled, reference, use_backend
+from posttrain.ops import (
+    BackendError,
+    backend_for,
+    linear_logprob,
+    logprob_tiled,
+    logprob_tiled_gradient,
+    logprob_tiles,
+    reference,
+    use_backend,
+)
+from posttrain.ops.logprob_problem import Incoming, Needs, Problem, Results
 
 UNIT, LOGITS, NOTHING = "unit", "logits", "none"
 
@@ -15,20 +25,21 @@ UNIT, LOGITS, NOTHING = "unit", "logits", "none"
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles of 7 x 13: small problems then cross several of them."""
-    monkeypatch.setattr(logprob_tiled, "ROWS", 7)
-    monkeypatch.setattr(logprob_tiled, "COLUMNS", 13)
+    monkeypatch.setattr(logprob_tiles, "ROWS", 7)
+    monkeypatch.setattr(logprob_tiles, "COLUMNS", 13)
 
 
 @pytest.fixture
 def multiply_adds(monkeypatch):
     """What the driver's GEMMs cost, one number for each."""
-    add_product, costs = logprob_tiled._add_product, []
+    add_product, costs = logprob_tiles.add_product, []
 
     def counted(total, a, b, beta=1):
         costs.append(a.numel() * b.shape[1])
         return add_product(total, a, b, beta)
 
-    monkeypatch.setattr(logprob_tiled, "_add_product", counted)
+    for module in (logprob_tiles, logprob_tiled, logprob_tiled_gradient):
+        monkeypatch.setattr(module, "add_product", counted)
     return costs
 
 
@@ -416,13 +427,13 @@ def test_workspace_stays_small(frozen):
                 biggest = max(biggest, result.untyped_storage().nbytes())
             return result
 
-    problem = logprob_tiled.Problem(
+    problem = Problem(
         case.hidden.float(), case.weight.float(), case.targets, None, None, None, None, 1.0, 1.0, None, 1.0, False, 0
     )
     with Watch():
-        logprob, entropy, lse, low, _, _ = logprob_tiled.forward(problem, UNIT if frozen else NOTHING, "cpu")
+        *results, _, _ = logprob_tiled.forward(problem, UNIT if frozen else NOTHING, "cpu")
         if not frozen:
-            needs = logprob_tiled.Needs(True, True, False, False)
-            ones = torch.ones(m)
-            logprob_tiled.backward(problem, ones, None, None, logprob, entropy, lse, low, None, needs, "cpu")
+            needs = Needs(True, True, False, False)
+            incoming = Incoming(torch.ones(m), None, None)
+            logprob_tiled_gradient.backward(problem, incoming, Results(*results), None, needs, "cpu")
     assert biggest <= v * h * 4
