@@ -62,7 +62,7 @@ class Case:
 
 
 def converted(p: Problem, dtype: torch.dtype, device: str) -> Problem:
-    tensors = {name: x for name, x in vars(p).items() if isinstance(x, torch.Tensor)}
+    tensors = {name: x for name, x in p._asdict().items() if isinstance(x, torch.Tensor)}
     moved = {name: x.detach().to(device, dtype if x.is_floating_point() else x.dtype) for name, x in tensors.items()}
     return p._replace(**moved)
 
