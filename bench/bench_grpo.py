@@ -13,13 +13,12 @@ import random
 import statistics
 import sys
 import tempfile
-import time
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
-from trl_trainer import COMMON, history_of, in_turns, memory, skip_without_trl, trl_trainer
+from trl_trainer import gemm_seconds, history_of, in_turns, memory, posttrain_trainer, skip_without_trl, trl_trainer
 
 from posttrain.bench.memory import report_peaks
 
@@ -68,19 +67,10 @@ def even(prompts, completions, completion_ids, **columns):
 
 def our_trainer(folder, size, steps=8):
     """posttrain's trainer, ready to train."""
-    from posttrain import GRPOConfig, GRPOTrainer
-
     prompt, completion = SIZES[size]
-    args = GRPOConfig(
-        output_dir=tempfile.mkdtemp(),
-        max_steps=steps,
-        max_completion_length=completion,
-        max_tokens_per_batch=PROMPTS * GENERATIONS * (prompt + completion),
-        log_completions=False,
-        **COMMON,
-        **SETTINGS,
-    )
-    return GRPOTrainer(folder, even, args, rows(prompt))
+    settings = SETTINGS | {"max_steps": steps, "max_completion_length": completion, "log_completions": False}
+    settings["max_tokens_per_batch"] = PROMPTS * GENERATIONS * (prompt + completion)
+    return posttrain_trainer("GRPO", folder, rows(prompt), even, **settings)
 
 
 def their_trainer(folder, size, steps=8):
@@ -107,16 +97,7 @@ def floor(size):
     products += Counter({(PROMPTS, *head): 1})
     products += Counter({(drawn, *head): steps})
     products += Counter({(drawn * completion, *head): 3})
-    operands = {shape: (torch.randn(shape[0], shape[1]), torch.randn(shape[2], shape[1])) for shape in products}
-
-    def once():
-        started = time.perf_counter()
-        for shape, times in products.items():
-            for _ in range(times):
-                torch.nn.functional.linear(*operands[shape])
-        return time.perf_counter() - started
-
-    return min(once() for _ in range(5))
+    return gemm_seconds(products)
 
 
 @pytest.mark.parametrize(("size", "limit"), [("short prompts", 2.5), ("long prompts", 8.0)])

@@ -12,29 +12,29 @@ than with copies of the prompts.
 
 import json
 import random
-import statistics
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import pytest
 from trl_trainer import (
-    COMMON,
     history_of,
+    in_turns,
     largest_difference,
     memory,
+    posttrain_trainer,
     skip_without_trl,
     step_times,
     trl_trainer,
 )
 
-from posttrain.bench.interleave import Comparison
 from posttrain.bench.memory import report_peaks
 from posttrain.data.share import keep_apart
 
 skip_without_trl()
 ROOT = Path(__file__).parents[1]
-STEPS, SKIPPED, ROUNDS = 18, 3, 3
+STEPS, SKIPPED = 18, 3
 SETTINGS = {"learning_rate": 1e-3, "max_length": 256, "train_sampling_strategy": "sequential"}
 
 
@@ -69,16 +69,12 @@ def model_folder():
 
 def our_trainer(folder, packing, rows=None, steps=STEPS):
     """posttrain's trainer, ready to train."""
-    from posttrain import SFTConfig, SFTTrainer
-
-    args = SFTConfig(output_dir=tempfile.mkdtemp(), max_steps=steps, **_batch(packing), **COMMON, **SETTINGS)
-    return SFTTrainer(folder, args, rows or conversations())
+    return posttrain_trainer("SFT", folder, rows or conversations(), max_steps=steps, **_batch(packing), **SETTINGS)
 
 
 def their_trainer(folder, packing, rows=None, steps=STEPS):
     """TRL's."""
-    settings = SETTINGS | {"max_steps": steps} | _batch(packing)
-    return trl_trainer("SFT", folder, rows or conversations(), **settings)
+    return trl_trainer("SFT", folder, rows or conversations(), max_steps=steps, **_batch(packing), **SETTINGS)
 
 
 def _batch(packing):
@@ -95,16 +91,16 @@ def with_copies(folder, packing, rows, steps):
 def compare(systems, packing, rows=None, steps=STEPS):
     """(comparison with TRL of 1000 tokens, median tokens per second, last trainers) of systems that take turns."""
     folder = str(model_folder())
-    speeds, trained = {name: [] for name in systems}, {}
-    for _ in range(ROUNDS):
-        for name, make in systems.items():
-            trained[name] = make(folder, packing, rows, steps)
-            trained[name].train()
-            history = history_of(trained[name])
-            tokens = history[-1]["num_tokens"] - history[SKIPPED - 1]["num_tokens"]
-            speeds[name].append(tokens / sum(step_times(trained[name], SKIPPED)))
-    comparison = Comparison.of("trl", {name: [1e3 / speed for speed in found] for name, found in speeds.items()})
-    return comparison, {f"{name} tokens/s": statistics.median(found) for name, found in speeds.items()}, trained
+    ready = {name: partial(make, folder, packing, rows, steps) for name, make in systems.items()}
+    comparison, trained = in_turns(ready, SKIPPED, seconds=seconds_for_1000_tokens)
+    return comparison, {f"{name} tokens/s": 1e3 / time.median for name, time in comparison.seconds.items()}, trained
+
+
+def seconds_for_1000_tokens(trainer):
+    """Those of the steps after the first ones, over their tokens."""
+    history = history_of(trainer)
+    tokens = history[-1]["num_tokens"] - history[SKIPPED - 1]["num_tokens"]
+    return 1e3 * sum(step_times(trainer, SKIPPED)) / tokens
 
 
 @pytest.mark.parametrize(("packing", "limit"), [(False, 2.0), (True, 1.2)], ids=["no packing", "packing"])

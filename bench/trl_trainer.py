@@ -1,4 +1,4 @@
-"""What the comparisons of whole trainers share: settings of both, TRL's trainer with a clock, and who is how fast."""
+"""What the comparisons of whole trainers share: settings of both, ours, TRL's with a clock, and who is how fast."""
 
 import statistics
 import tempfile
@@ -28,6 +28,14 @@ def skip_without_trl() -> None:
     for peer in ("datasets", "trl"):
         if find_spec(peer) is None:
             pytest.skip(f"compares with TRL, and {peer} is not installed", allow_module_level=True)
+
+
+def posttrain_trainer(kind: str, folder: Any, rows: Sequence[Mapping[str, Any]], *between: Any, **settings: Any) -> Any:
+    """Our trainer of a kind ("SFT"), ready to train; `between` are its arguments between the model and the settings."""
+    import posttrain
+
+    args = getattr(posttrain, f"{kind}Config")(output_dir=tempfile.mkdtemp(), **COMMON, **settings)
+    return getattr(posttrain, f"{kind}Trainer")(folder, *between, args, rows)
 
 
 def trl_trainer(kind: str, folder: Any, rows: Sequence[Mapping[str, Any]], *reward: Any, **settings: Any) -> Any:
@@ -70,16 +78,36 @@ def step_times(trainer: Any, skipped: int) -> list[float]:
     return (times or [record["step_time"] for record in history_of(trainer)])[skipped:]
 
 
-def in_turns(systems: Mapping[str, Callable[[], Any]], skipped: int, rounds: int = 3) -> tuple[Comparison, dict]:
-    """Trainers, made anew each round, train in turns: (seconds of a step against "trl", the last round's trainers)."""
-    seconds: dict[str, list[float]] = {name: [] for name in systems}
+def in_turns(
+    systems: Mapping[str, Callable[[], Any]], skipped: int, rounds: int = 3, seconds: Callable[..., float] | None = None
+) -> tuple[Comparison, dict]:
+    """Trainers, made anew each round, train in turns: (their seconds against "trl", the last round's trainers).
+
+    The seconds are those of a step, the first `skipped` left out, or what `seconds(trainer)` says.
+    """
+    measured = seconds or (lambda trainer: statistics.median(step_times(trainer, skipped)))
+    found: dict[str, list[float]] = {name: [] for name in systems}
     trained = {}
     for _ in range(rounds):
         for name, make in systems.items():
             trained[name] = make()
             trained[name].train()
-            seconds[name].append(statistics.median(step_times(trained[name], skipped)))
-    return Comparison.of("trl", seconds), trained
+            found[name].append(measured(trained[name]))
+    return Comparison.of("trl", found), trained
+
+
+def gemm_seconds(products: Mapping[tuple[int, int, int], int]) -> float:
+    """Seconds that matrix products take alone, of which there are so many with (rows, in, out); the best of five."""
+    operands = {(m, k, n): (torch.randn(m, k), torch.randn(n, k)) for m, k, n in products}
+
+    def once() -> float:
+        started = time.perf_counter()
+        for shape, times in products.items():
+            for _ in range(times):
+                torch.nn.functional.linear(*operands[shape])
+        return time.perf_counter() - started
+
+    return min(once() for _ in range(5))
 
 
 def largest_difference(trained: Mapping[str, Any], name: str = "posttrain") -> float:
