@@ -72,9 +72,29 @@ def _forward(
         from posttrain.kernels.rms_norm import rms_norm_forward
 
         return rms_norm_forward(x, weight, eps, residual)
-    if backend == "cuda":
-        return _cuda_forward(x, weight, eps, residual)
-    return _cpu_forward(x, weight, eps, residual)
+    on_cpu = backend == "cpu"
+    x, residual = x.contiguous(), None if residual is None else residual.contiguous()
+    weight = weight.to(x.dtype if on_cpu or weight.dtype == x.dtype else torch.float32).contiguous()
+    y, total = torch.empty_like(x), x.new_empty(0) if residual is None else torch.empty_like(x)
+    rstd = x.new_empty(x.shape[:-1], dtype=x.dtype if on_cpu else torch.float32)
+    arguments = (
+        x.data_ptr(),
+        0 if residual is None else residual.data_ptr(),
+        weight.data_ptr(),
+        y.data_ptr(),
+        total.data_ptr(),
+        rstd.data_ptr(),
+        rstd.numel(),
+        x.shape[-1],
+        eps,
+    )
+    if on_cpu:
+        _C.rms_norm_forward(x.itemsize, *arguments)
+        return y, total, rstd
+    with cuda_device(x):
+        tags = (cuda_stream(x), CUDA_DTYPES[x.dtype], weight.dtype == torch.float32)
+        cuda_kernels(x).cuda_rms_norm(*tags, *arguments)
+    return y, total, rstd
 
 
 def _fake(x, weight, eps, residual, backend):
@@ -117,50 +137,6 @@ def _gradient(
 
 def _fake_gradient(grad_y, grad_total, total, weight, rstd, backend):
     return torch.empty_like(total, memory_format=torch.contiguous_format), torch.empty_like(weight)
-
-
-def _cpu_forward(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None):
-    x, weight = x.contiguous(), weight.to(x.dtype).contiguous()
-    residual = None if residual is None else residual.contiguous()
-    y = torch.empty_like(x)
-    total = x.new_empty(0) if residual is None else torch.empty_like(x)
-    rstd = x.new_empty(x.shape[:-1])
-    _C.rms_norm_forward(
-        x.itemsize,
-        x.data_ptr(),
-        0 if residual is None else residual.data_ptr(),
-        weight.data_ptr(),
-        y.data_ptr(),
-        total.data_ptr(),
-        rstd.data_ptr(),
-        rstd.numel(),
-        x.shape[-1],
-        eps,
-    )
-    return y, total, rstd
-
-
-def _cuda_forward(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None):
-    x, weight = x.contiguous(), weight.contiguous()
-    weight = weight if weight.dtype == x.dtype else weight.float()
-    residual = None if residual is None else residual.contiguous()
-    y, total, rstd = _fake(x, weight, eps, residual, "cuda")
-    with cuda_device(x):
-        cuda_kernels(x).cuda_rms_norm(
-            cuda_stream(x),
-            CUDA_DTYPES[x.dtype],
-            weight.dtype == torch.float32,
-            x.data_ptr(),
-            0 if residual is None else residual.data_ptr(),
-            weight.data_ptr(),
-            y.data_ptr(),
-            total.data_ptr(),
-            rstd.data_ptr(),
-            rstd.numel(),
-            x.shape[-1],
-            eps,
-        )
-    return y, total, rstd
 
 
 def _cpu_backward(grad_y, grad_total, total, weight, rstd):
