@@ -15,7 +15,7 @@ is_top1 have no gradient, as in TRL.
 
 from collections.abc import Callable
 from inspect import signature
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,6 +31,16 @@ _SLAB = 1 << 23  # logits at a time, for the mean of capped ones
 Outputs = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
+class Options(NamedTuple):
+    """What TRL's function takes besides tensors."""
+
+    temperature: float
+    chunk_size: int
+    final_logit_softcapping: float | None = None
+    logit_scale: float = 1.0
+    outputs: tuple[str, ...] = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+
+
 class LanguageHead:
     """Stands in for TRL's autograd function: `apply` takes its arguments and gives its five outputs."""
 
@@ -38,56 +48,37 @@ class LanguageHead:
         self.theirs = theirs
 
     def apply(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        temperature: float,
-        chunk_size: int,
-        final_logit_softcapping: float | None = None,
-        logit_scale: float = 1.0,
-        outputs: tuple[str, ...] = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1"),
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *options: Any, **named: Any
     ) -> Outputs:
         """(log_probs, entropy, log_sum_sq_probs, mean_logits, is_top1), each `[N]`; None where it isn't in `outputs`.
 
-        Under autocast in its dtype, as TRL computes it. What `_obstacle` names is computed by TRL.
+        The other arguments are `Options`, by position or by name. Under autocast in its dtype, as TRL computes it. What
+        `_obstacle` names is computed by TRL.
         """
+        given = Options(*options, **named)
         dtype = compute_dtype(hidden)
         obstacle = _obstacle(weight, dtype)
         if obstacle is not None:
             count(f"language head left to TRL: {obstacle}")
             say(f"posttrain: the language head is left to TRL: {obstacle}")
-            scalars = (temperature, chunk_size, final_logit_softcapping, logit_scale, outputs)
-            return self.theirs(hidden, weight, bias, targets, *scalars)
+            return self.theirs(hidden, weight, bias, targets, *given)
         count("language head by linear_logprob")
-        tensors = (hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
-        self._check(*tensors, targets, temperature, chunk_size, final_logit_softcapping, logit_scale)
-        return _outputs(*tensors, targets, temperature, final_logit_softcapping, logit_scale, outputs)
+        bias = None if bias is None else bias.to(dtype)
+        head = Head(weight.to(dtype), bias, given.final_logit_softcapping, given.logit_scale, None)
+        hidden = hidden.to(dtype)
+        self._check(head.detached(), hidden, targets, given)
+        return _outputs(head, hidden, targets, given)
 
-    def _check(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        temperature: float,
-        chunk_size: int,
-        softcap: float | None,
-        logit_scale: float,
-    ) -> None:
-        found = Head(weight, bias, softcap, logit_scale, None).detached()
-        wanted = ("entropy",)
+    def _check(self, head: Head, hidden: Tensor, targets: Tensor, given: Options) -> None:
+        given = given._replace(outputs=("entropy",))
 
         def ours(rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-            results = _outputs(rows, found.weight, found.bias, targets, temperature, softcap, logit_scale, wanted)
-            return results[:2]  # type: ignore[return-value]
+            return _outputs(head, rows, targets, given)[:2]  # type: ignore[return-value]
 
         def theirs(rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-            arguments = (temperature, chunk_size, softcap, logit_scale, wanted)
-            return self.theirs(rows, found.weight, found.bias, targets, *arguments)[:2]  # type: ignore[return-value]
+            return self.theirs(rows, head.weight, head.bias, targets, *given)[:2]  # type: ignore[return-value]
 
-        check_head("TRL", found, hidden, targets, temperature, ours, theirs)
+        check_head("TRL", head, hidden, targets, given.temperature, ours, theirs)
 
 
 class PairHead(LanguageHead):
@@ -102,10 +93,8 @@ class PairHead(LanguageHead):
 
     def apply(self, hidden: Tensor, weight: Tensor, *rest: Any) -> Any:
         """(log_probs, entropy), each `[N]`."""
-        bias, *rest_ = rest if self.takes_bias else (None, *rest)
-        names = ("targets", "temperature", "chunk_size", "final_logit_softcapping", "logit_scale")
-        scalars = dict(zip(names, rest_, strict=False))
-        return super().apply(hidden, weight, bias, **scalars, outputs=("entropy",))[:2]
+        bias, targets, *options = rest if self.takes_bias else (None, *rest)
+        return super().apply(hidden, weight, bias, targets, *options, outputs=("entropy",))[:2]
 
 
 def language_head(theirs: Any) -> LanguageHead:
@@ -131,22 +120,15 @@ def head_obstacle(weight: Tensor) -> str | None:
     return None
 
 
-def _outputs(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    temperature: float,
-    softcap: float | None,
-    logit_scale: float,
-    outputs: tuple[str, ...],
-) -> Outputs:
-    head: dict[str, Any] = {"bias": bias, "softcap": softcap, "logit_scale": logit_scale}
-    ours = linear_logprob(hidden, weight, targets, temperature=temperature, need_entropy="entropy" in outputs, **head)
+def _outputs(head: Head, hidden: Tensor, targets: Tensor, given: Options) -> Outputs:
+    weight, bias, softcap, logit_scale, _ = head
+    temperature, outputs = given.temperature, given.outputs
+    cap: dict[str, Any] = {"bias": bias, "softcap": softcap, "logit_scale": logit_scale}
+    ours = linear_logprob(hidden, weight, targets, temperature=temperature, need_entropy="entropy" in outputs, **cap)
     log_sum_sq_probs = mean_logits = None
     with torch.no_grad():
         if "log_sum_sq_probs" in outputs:
-            squared = linear_logprob(hidden, weight, targets, temperature=temperature / 2, **head)
+            squared = linear_logprob(hidden, weight, targets, temperature=temperature / 2, **cap)
             log_sum_sq_probs = 2 * ours.logprob - squared.logprob
         if "mean_logits" in outputs:
             mean_logits = mean_of_logits(hidden, weight, bias, softcap, logit_scale) / temperature
