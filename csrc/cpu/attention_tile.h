@@ -80,13 +80,33 @@ struct LinePointers {
   LinePointers from(int64_t c) const { return {lines + c, first}; }
 };
 
+constexpr int64_t kCacheLine = 64;  // bytes
+
+// Lines as in LinePointers, of which kWide vectors are read, and as many numbers of `size` later ones, from their element
+// `later_first` on, which are asked for meanwhile.
+template <class T>
+struct LinesAndLater {
+  const T* const* lines;
+  int64_t first;
+  const T* const* later;
+  int64_t later_first, size;
+
+  const T* operator[](int64_t i) const {
+    constexpr int64_t step = kCacheLine / sizeof(T);
+    if (i < size)
+      for (int64_t d = 0; d < kWide * Lanes<T>::n; d += step) __builtin_prefetch(later[i] + later_first + d, 0, 2);
+    return lines[i] + first;
+  }
+};
+
 template <class T, int C, int R, bool kAdd, class A, class B>
 inline void block(A a, B b, int64_t first, T* c, int64_t c_stride, int64_t n, int last) {
   constexpr int n_lanes = Lanes<T>::n;
   Vec<T> sums[C][R] = {};
   for (int64_t i = 0; i < n; ++i) {
     Vec<T> rows[R];
-    for (int r = 0; r < R; ++r) rows[r] = load(b[i] + first + r * n_lanes);
+    const T* line = b[i] + first;
+    for (int r = 0; r < R; ++r) rows[r] = load(line + r * n_lanes);
     for (int j = 0; j < C; ++j) {
       const Vec<T> scalar = splat(a(j, i));
       for (int r = 0; r < R; ++r) sums[j][r] += scalar * rows[r];
@@ -152,10 +172,12 @@ void copy_line(const T* from, int64_t size, T factor, T* to) {
 // v[i][r] = row(r)[i] for r < rows and i < size, at most whole vectors, else 0.
 template <class T, class Row>
 inline void load_turned(Row row, int64_t rows, int64_t size, Vec<T>* v) {
-  for (int r = 0; r < Lanes<T>::n; ++r)
-    v[r] = r >= rows                ? splat(T(0))
-           : size >= Lanes<T>::n ? load(row(r))
-                                 : load_part(row(r), int(size), T(0));
+  constexpr int n = Lanes<T>::n;
+  if (rows >= n && size >= n)
+    for (int r = 0; r < n; ++r) v[r] = load(row(r));
+  else
+    for (int r = 0; r < n; ++r)
+      v[r] = r >= rows ? splat(T(0)) : size >= n ? load(row(r)) : load_part(row(r), int(size), T(0));
   turn<T>(v);
 }
 

@@ -10,7 +10,8 @@
 // prompts, they are packed attention's.
 //
 // Where many rows share a key, the lanes of a vector of scores are rows, as in packed attention. Where few do, they are
-// keys, turned in registers; the sum of a row's probabilities still runs through its keys one by one.
+// keys, turned in registers; the sum of a row's probabilities still runs through its keys one by one. There reading is
+// what takes long, so that while keys are multiplied their values are asked for, and while values are the keys to come.
 #include <omp.h>
 
 #include "cpu/attention_tile.h"
@@ -92,6 +93,14 @@ struct PagedPanel {
 
   int64_t count_rows(int64_t begin, int64_t end) const { return count_queries(begin, end) * heads; }
 
+  // Where the keys and values of a block lie, and the keys of the one after it, if that has any; and whether those of
+  // this one have been asked for.
+  struct Block {
+    const T *const *k, *const *v, *const *next;
+    int64_t next_size;
+    bool asked;
+  };
+
   // Takes, under each key head, `count` rows from `row` on through the keys begin <= k < end of a slice's sequence.
   void through(const QuerySlice& slice, int64_t row, int64_t count, int64_t begin, int64_t end) {
     int64_t low = position[row], high = low;
@@ -99,17 +108,22 @@ struct PagedPanel {
       low = position[r] < low ? position[r] : low;
       high = position[r] > high ? position[r] : high;
     }
+    bool asked = false;  // for the keys of the block
     for (; begin < end; begin += kKeys) {
       const KeyRange keys = {begin, begin + kKeys < end ? begin + kKeys : end};
+      const KeyRange later = {keys.end, keys.end + kKeys < end ? keys.end + kKeys : end};
       if (f.window > 0 && low - (keys.end - 1) >= f.window) continue;
       const bool masked = keys.end - 1 > low || (f.window > 0 && high - keys.begin >= f.window);
-      const T *k[kKeys], *v[kKeys];
+      const T *k[kKeys], *v[kKeys], *next[kKeys];
       find(f.k, slice.sequence, keys, k);
       find(f.v, slice.sequence, keys, v);
-      if (count > kFew)
+      if (count > kFew) {
         for (int64_t h = 0; h < key_heads; ++h) many(h, row, count, keys, masked, k, v);
-      else
-        few(row, count, keys, masked, k, v);
+        continue;
+      }
+      find(f.k, slice.sequence, later, next);
+      few(row, count, keys, masked, {k, v, next, later.end - later.begin, asked});
+      asked = true;
     }
   }
 
@@ -131,6 +145,17 @@ struct PagedPanel {
     if (line == f.width) return multiply<T, true>(a, lines, to, line, count, size, line);
     for (int64_t j = 0; j < size; ++j) copy_line(lines[j], f.width, T(1), values + j * line);
     multiply<T, true>(a, values, line, to, line, count, size, line);
+  }
+
+  // The same, asking for the keys of the next block. Inlined, it would take the registers of its loop from it.
+  __attribute__((noinline)) void add_values(Scalars<T> a, const Block& b, int64_t h, int64_t row, int64_t count,
+                                            int64_t size) {
+    if (line != f.width) return add_values(a, b.v, h, row, count, size);
+    constexpr int64_t chunk = kWide * Lanes<T>::n;
+    for (int64_t d = 0; d < line; d += chunk) {
+      const LinesAndLater<T> lines = {b.v, h * f.v.head + d, b.next, h * f.k.head + d, b.next_size};
+      multiply<T, true>(a, lines, o + row * line + d, line, count, size, line - d < chunk ? line - d : chunk);
+    }
   }
 
   // One block under the panel's key head `h`, for rows as lanes: s[key][kRows].
@@ -164,12 +189,12 @@ struct PagedPanel {
   }
 
   // One block under all key heads, for keys as lanes: s[row][kKeys], the rows of the key heads one after another.
-  void few(int64_t first, int64_t count, KeyRange keys, bool masked, const T* const* k, const T* const* v) {
+  void few(int64_t first, int64_t count, KeyRange keys, bool masked, const Block& b) {
     const int64_t size = keys.end - keys.begin;
     int64_t row_of[kRows];
     for (int64_t h = 0; h < key_heads; ++h) {
       for (int64_t r = 0; r < count; ++r) row_of[h * count + r] = h * rows + first + r;
-      products(count, q + (h * rows + first) * line, {k, h * f.k.head}, size, s + h * count * kKeys);
+      products(count, q + (h * rows + first) * line, b, h, size, s + h * count * kKeys);
     }
     const int64_t all = key_heads * count;
     if (f.softcap > 0) cap_scores(s, kKeys, all, padded<T>(size), T(f.softcap));
@@ -179,29 +204,35 @@ struct PagedPanel {
     }
     add_weights(row_of, all, size);
     for (int64_t h = 0; h < key_heads; ++h)
-      add_values({s + h * count * kKeys, kKeys, 1}, v, h, h * rows + first, count, size);
+      add_values({s + h * count * kKeys, kKeys, 1}, b, h, h * rows + first, count, size);
   }
 
-  void products(int64_t count, const T* from, LinePointers<T> k, int64_t size, T* to) const {
+  void products(int64_t count, const T* from, const Block& b, int64_t h, int64_t size, T* to) const {
     switch (count) {
-      case 1: return turned_products<1>(from, k, size, to);
-      case 2: return turned_products<2>(from, k, size, to);
-      case 3: return turned_products<3>(from, k, size, to);
-      case 4: return turned_products<4>(from, k, size, to);
-      case 5: return turned_products<5>(from, k, size, to);
-      case 6: return turned_products<6>(from, k, size, to);
-      case 7: return turned_products<7>(from, k, size, to);
-      case 8: return turned_products<8>(from, k, size, to);
+      case 1: return turned_products<1>(from, b, h, size, to);
+      case 2: return turned_products<2>(from, b, h, size, to);
+      case 3: return turned_products<3>(from, b, h, size, to);
+      case 4: return turned_products<4>(from, b, h, size, to);
+      case 5: return turned_products<5>(from, b, h, size, to);
+      case 6: return turned_products<6>(from, b, h, size, to);
+      case 7: return turned_products<7>(from, b, h, size, to);
+      case 8: return turned_products<8>(from, b, h, size, to);
     }
   }
 
-  // to[c][j] = from[c] . k[j]
+  // to[c][j] = from[c] . k[j] under the panel's key head `h`
   template <int C>
-  void turned_products(const T* from, LinePointers<T> k, int64_t size, T* to) const {
+  void turned_products(const T* from, const Block& b, int64_t h, int64_t size, T* to) const {
     constexpr int n = Lanes<T>::n;
+    const LinePointers<T> k = {b.k, h * f.k.head}, values = {b.v, h * f.v.head};
     for (int64_t j = 0; j < size; j += n) {
       Vec<T> sums[C] = {};
       for (int64_t d = 0; d < f.width; d += n) {
+        if (d * sizeof(T) % kCacheLine == 0) {
+          for (int64_t r = j; r < j + n && r < size; ++r) __builtin_prefetch(values[r] + d, 0, 2);
+          if (!b.asked)
+            for (int64_t r = j + n; r < j + 2 * n && r < size; ++r) __builtin_prefetch(k[r] + d, 0, 2);
+        }
         Vec<T> v[n];
         load_turned<T>([&](int64_t r) { return k[j + r] + d; }, size - j, f.width - d, v);
         for (int i = 0; i < n; ++i)
