@@ -14,7 +14,8 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from posttrain.bench.case import Arguments, Function, Problem, Way
-from posttrain.bench.device import DEVICE, DTYPE
+from posttrain.bench.cases.model import twin
+from posttrain.bench.device import DEVICE, DTYPE, GPU
 from posttrain.bench.peers import Makers, on_a_gpu
 
 __all__ = ["Makers"]
@@ -186,6 +187,26 @@ def flashinfer_sample(problem: Problem) -> Function:
         else:
             tokens = sampling.sampling_from_probs(logits.float().softmax(-1))
         return _with_logprob(logits, tokens.long()[:, None])
+
+    return call
+
+
+def continuous_batching(problem: Problem) -> Function:
+    """transformers' `generate_batch`, with a cache that just holds the sequences, a manager that stays, and graphs."""
+    from transformers import ContinuousBatchingConfig, GenerationConfig
+
+    context = problem.context
+    model = twin(context.model)
+    model.set_attn_implementation("sdpa")
+    rows = context.rows.tolist()
+    options = GenerationConfig(max_new_tokens=context.length, do_sample=True, top_k=0, eos_token_id=-1, pad_token_id=0)
+    blocks, tokens = len(rows) * (2 * context.length // 32 + 1), 8192 if GPU else 512
+    cache = ContinuousBatchingConfig(page_size=32, num_blocks=blocks, max_batch_tokens=tokens, use_cuda_graph=GPU)
+
+    def call() -> tuple[Tensor, None]:
+        out = model.generate_batch(rows, options, cache, persistent_manager=True, warmup=GPU)
+        drawn = [one.generated_tokens for one in out.values()]
+        return torch.tensor(drawn, device=DEVICE), None
 
     return call
 

@@ -40,6 +40,8 @@ _PACKAGES = (
     "unsloth",
     "flash-attn",
     "prefix-grouper",
+    "flashinfer-python",
+    "vllm",
 )
 
 

@@ -6,17 +6,20 @@ prompts' once, and of the head and new token; bytes are the weights once for eac
 """
 
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from posttrain.bench import decode_peers as peers
 from posttrain.bench.case import Arguments, Case, Problem, Work
 from posttrain.bench.cases.model import make_models
 from posttrain.bench.device import DEVICE, DTYPE, WIDER
 from posttrain.bench.shapes import ModelShape, Suite
 
 GENERATE = "generate"
+PEERS: peers.Makers = {"continuous batching": peers.continuous_batching}
 
 
 class _NoWords:
@@ -42,7 +45,7 @@ def rollout(suite: Suite, prompts: int = 4, each: int = 8) -> list[Case]:
         need += 2.0 * prompts * each * 2 * length * model.vocabulary * WIDER.itemsize
         title = f"{model.name}, {prompts} x ({length} + {each} x {length}) tokens"
         make = partial(_problem, model, length, prompts, each)
-        cases.append(Case("rollout", title, need, make, _work(model, length, prompts, each)))
+        cases.append(Case("rollout", title, need, make, _work(model, length, prompts, each), PEERS))
     return cases
 
 
@@ -77,7 +80,8 @@ def _problem(model: ModelShape, length: int, count: int, each: int) -> Problem:
         return [(found.to(WIDER) - _scored(wide, rows, tokens)).to(found.dtype)]
 
     truth = [torch.zeros(len(rows), length, device=DEVICE, dtype=WIDER)]
-    return Problem((), ours, theirs, checked=checked, truth=lambda: truth)
+    context = SimpleNamespace(model=plain, rows=rows, length=length)
+    return Problem((), ours, theirs, context, checked=checked, truth=lambda: truth)
 
 
 def _cache_bytes(model: ModelShape, length: int, count: int) -> int:
