@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from posttrain.kernels.entry import Entry
+from posttrain.ops.backend import cuda_device
 
 BLOCK = 1024
 WARPS = 4
@@ -71,28 +72,30 @@ def _backward(
 def glu_forward(gate: Tensor, up: Tensor, y: Tensor, activation: str) -> None:
     """y = act(gate) * up for gate and up `[rows, F]` with contiguous rows and contiguous y."""
     if y.numel():
-        _forward[_grid(gate)](
-            gate, up, y, gate.stride(0), up.stride(0), gate.shape[1], activation, BLOCK, num_warps=WARPS
-        )
+        with cuda_device(gate):
+            _forward[_grid(gate)](
+                gate, up, y, gate.stride(0), up.stride(0), gate.shape[1], activation, BLOCK, num_warps=WARPS
+            )
 
 
 def glu_backward(grad_y: Tensor, gate: Tensor, up: Tensor, grad_gate: Tensor, grad_up: Tensor, activation: str) -> None:
     """Fill grad_gate and grad_up, contiguous, from grad_y, gate and up `[rows, F]`."""
     if grad_y.numel():
-        _backward[_grid(gate)](
-            grad_y,
-            gate,
-            up,
-            grad_gate,
-            grad_up,
-            grad_y.stride(0),
-            gate.stride(0),
-            up.stride(0),
-            gate.shape[1],
-            activation,
-            BLOCK,
-            num_warps=WARPS,
-        )
+        with cuda_device(gate):
+            _backward[_grid(gate)](
+                grad_y,
+                gate,
+                up,
+                grad_gate,
+                grad_up,
+                grad_y.stride(0),
+                gate.stride(0),
+                up.stride(0),
+                gate.shape[1],
+                activation,
+                BLOCK,
+                num_warps=WARPS,
+            )
 
 
 def _grid(x: Tensor) -> tuple[int, int]:

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from posttrain.kernels.entry import Entry
+from posttrain.ops.backend import cuda_device
 
 WARPS = 16
 
@@ -100,20 +101,21 @@ def rms_norm_forward(x: Tensor, weight: Tensor, eps: float, residual: Tensor | N
     rows, width = rstd.numel(), x.shape[-1]
     if x.numel():
         tile = _forward_tile(width)
-        _forward[(triton.cdiv(rows, tile["ROWS"]),)](
-            x,
-            x if residual is None else residual,
-            weight.contiguous(),
-            y,
-            y if residual is None else total,
-            rstd,
-            rows,
-            width,
-            eps,
-            residual is not None,
-            **tile,
-            num_warps=WARPS,
-        )
+        with cuda_device(x):
+            _forward[(triton.cdiv(rows, tile["ROWS"]),)](
+                x,
+                x if residual is None else residual,
+                weight.contiguous(),
+                y,
+                y if residual is None else total,
+                rstd,
+                rows,
+                width,
+                eps,
+                residual is not None,
+                **tile,
+                num_warps=WARPS,
+            )
     return y, total, rstd
 
 
@@ -129,20 +131,21 @@ def rms_norm_backward(
     programs = triton.cdiv(rows, tile["ROWS"])
     partial = rstd.new_empty(programs, width)
     if total.numel():
-        _backward[(programs,)](
-            grad_y,
-            total if grad_total is None else grad_total,
-            total,
-            weight.contiguous(),
-            rstd,
-            grad_x,
-            partial,
-            rows,
-            width,
-            grad_total is not None,
-            **tile,
-            num_warps=WARPS,
-        )
+        with cuda_device(total):
+            _backward[(programs,)](
+                grad_y,
+                total if grad_total is None else grad_total,
+                total,
+                weight.contiguous(),
+                rstd,
+                grad_x,
+                partial,
+                rows,
+                width,
+                grad_total is not None,
+                **tile,
+                num_warps=WARPS,
+            )
     return grad_x, partial.sum(0, dtype=torch.float64).to(weight.dtype)
 
 

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from posttrain.kernels.entry import Entry
+from posttrain.ops.backend import cuda_device
 
 HEADS = 16
 WARPS = 4
@@ -145,29 +146,30 @@ def turn(inputs: Sequence[Tensor], outputs: Sequence[Tensor], cos: Tensor, sin: 
     blocks = triton.cdiv(q.shape[1], HEADS) + triton.cdiv(k.shape[1], HEADS)
     if batch * tokens * blocks * width == 0:
         return
-    _turn[batch * tokens, blocks](
-        q,
-        k,
-        q_out,
-        k_out,
-        cos,
-        sin,
-        *q.stride()[:3],
-        *k.stride()[:3],
-        *q_out.stride()[:3],
-        *k_out.stride()[:3],
-        tokens * rotated if cos.shape[0] > 1 else 0,
-        tokens,
-        q.shape[1],
-        k.shape[1],
-        rotated // 2,
-        width,
-        transposed,
-        HEADS,
-        max(triton.next_power_of_2(rotated // 2), 1),
-        triton.next_power_of_2(width - rotated) if width > rotated else 0,
-        num_warps=WARPS,
-    )
+    with cuda_device(q):
+        _turn[batch * tokens, blocks](
+            q,
+            k,
+            q_out,
+            k_out,
+            cos,
+            sin,
+            *q.stride()[:3],
+            *k.stride()[:3],
+            *q_out.stride()[:3],
+            *k_out.stride()[:3],
+            tokens * rotated if cos.shape[0] > 1 else 0,
+            tokens,
+            q.shape[1],
+            k.shape[1],
+            rotated // 2,
+            width,
+            transposed,
+            HEADS,
+            max(triton.next_power_of_2(rotated // 2), 1),
+            triton.next_power_of_2(width - rotated) if width > rotated else 0,
+            num_warps=WARPS,
+        )
 
 
 def ahead_of_time() -> Iterator[Entry]:

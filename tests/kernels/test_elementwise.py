@@ -1,5 +1,6 @@
 """The Triton kernels of rms_norm, rope, swiglu and geglu, on the GPU or, small, interpreted on the CPU."""
 
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -156,3 +157,21 @@ def test_rope_shares_angles_over_the_batch_and_takes_packed_tokens(random) -> No
             lambda q, k, args=args: reference.rope(q, k, *args[2:]),
             args[:2],
         )
+
+
+@pytest.mark.parametrize("module", ["rms_norm", "rope", "glu"])
+def test_launches_go_to_the_device_of_the_tensors(module, random, monkeypatch):
+    """Also where another GPU is the current one."""
+    launched_on = []
+    monkeypatch.setattr(
+        f"posttrain.kernels.{module}.cuda_device", lambda tensor: launched_on.append(tensor.device) or nullcontext()
+    )
+    x = random(1, 2, 3, 16).requires_grad_()
+    angle = random(1, 3, 16)
+    calls = {
+        "rms_norm": lambda: ops.rms_norm(x, random(16)),
+        "rope": lambda: ops.rope(x, x, angle.cos(), angle.sin())[0],
+        "glu": lambda: ops.swiglu(x, x),
+    }
+    calls[module]().sum().backward()
+    assert launched_on == [x.device] * 2
