@@ -1,7 +1,8 @@
 """Compile every Triton kernel for every architecture, without a GPU, and print what each one needs, as JSON.
 
-Run in a process of its own, without TRITON_INTERPRET: `python tests/kernels/aot.py`. A module of posttrain.kernels that
-launches kernels has a function `ahead_of_time()` that yields them with their production block sizes, as tuples:
+Run in a process of its own, without TRITON_INTERPRET: `python tests/kernels/aot.py [module ...]`, or `-` for modules
+that are named on lines of the input; an empty line ends each one's reports. A module of posttrain.kernels that launches
+kernels has a function `ahead_of_time()` that yields them with their production block sizes, as tuples:
 
     (name, jit function, signature {argument: type}, constexprs {argument: value}, options {"num_warps": ...})
 
@@ -14,6 +15,7 @@ import pkgutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from importlib import import_module
 from pathlib import Path
 
@@ -64,15 +66,16 @@ def launching_modules() -> list[str]:
     return [name for name in names if hasattr(import_module(f"posttrain.kernels.{name}"), "ahead_of_time")]
 
 
-def main(modules: list[str]) -> None:
-    """Print one JSON object per kernel and architecture of these modules of posttrain.kernels, or of all."""
-    for module in modules or launching_modules():
+def main(modules: Iterable[str]) -> None:
+    """Print one JSON object per kernel and architecture of each of these modules of posttrain.kernels."""
+    for module in modules:
         for entry in import_module(f"posttrain.kernels.{module}").ahead_of_time():
             options = entry[-1]
             only = options.pop("capability", None)
             for capability in ARCHITECTURES if only is None else (only,):
-                print(json.dumps({"module": module, **report(capability, entry)}), flush=True)
+                print(json.dumps({"module": module, **report(capability, entry)}))
+        print(flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main((line.strip() for line in sys.stdin) if sys.argv[1:] == ["-"] else sys.argv[1:] or launching_modules())

@@ -4,24 +4,36 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from aot import ARCHITECTURES, SHARED_MEMORY, launching_modules
 
 
-def _compile(module: str) -> list[dict]:
-    """The reports of one module's kernels, from a process where Triton compiles instead of interpreting."""
+@pytest.fixture(scope="module")
+def compiler() -> Iterator[subprocess.Popen]:
+    """A process where Triton compiles instead of interpreting."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, str(Path(__file__).with_name("aot.py")), module]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    command = [sys.executable, str(Path(__file__).with_name("aot.py")), "-"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, env=environment, text=True, **pipes) as process:
+        yield process
+
+
+def _compile(compiler: subprocess.Popen, module: str) -> list[dict]:
+    """The reports of one module's kernels."""
+    print(module, file=compiler.stdin, flush=True)
+    reports = []
+    while (line := compiler.stdout.readline()).strip():
+        reports.append(json.loads(line))
+    assert line, f"the compiler ended with {compiler.wait()}; what it wrote is shown below"
+    return reports
 
 
 @pytest.mark.parametrize("module", launching_modules())
-def test_kernels_fit_every_architecture(module: str) -> None:
-    reports = _compile(module)
+def test_kernels_fit_every_architecture(module: str, compiler: subprocess.Popen) -> None:
+    reports = _compile(compiler, module)
     assert {report["capability"] for report in reports} >= set(ARCHITECTURES)
     for report in reports:
         assert report["spilled"] == 0, report
