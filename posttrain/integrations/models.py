@@ -9,7 +9,8 @@ from transformers import PreTrainedConfig
 
 from posttrain.integrations.causal_loss import LossOnly, replace_loss, restore_loss
 from posttrain.integrations.counting import count, say
-from posttrain.integrations.self_check import Watched, forget_heads, unwatch, watch
+from posttrain.integrations.layer_check import Watched, unwatch, watch
+from posttrain.integrations.self_check import forget_heads
 from posttrain.integrations.versions import installed
 from posttrain.models import ModelError, Report, prepare, restore
 from posttrain.models.causal_lm import causal_lm, decoder

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
 
 from posttrain.integrations.counting import count, say
-from posttrain.integrations.self_check import looked_at
+from posttrain.integrations.layer_check import looked_at
 from posttrain.models import ModelError
 from posttrain.models.attention import NAME
 from posttrain.models.causal_lm import causal_lm, decoder

@@ -153,13 +153,54 @@ def test_a_wrong_gradient_raises(monkeypatch):
         model(batch())
 
 
+def looked_at(monkeypatch) -> list[int]:
+    """The layers that are looked at from here on."""
+    from posttrain.integrations import layer_check
+
+    layers, compared = [], layer_check._compared
+    monkeypatch.setattr(
+        layer_check, "_compared", lambda body, at, *rest: layers.append(at) or compared(body, at, *rest)
+    )
+    return layers
+
+
+KINDS = ["full_attention", "full_attention", "sliding_attention", "sliding_attention"]
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma3"])
+def test_one_layer_of_each_kind_is_looked_at(family, monkeypatch):
+    layers = looked_at(monkeypatch)
+    model = tiny(family, num_hidden_layers=4, layer_types=KINDS)
+    attach(model)
+    model(batch())
+    assert layers == [0, 2] and passed() == [1]
+    wrapped = filled(get_peft_model(model, lora(target_modules=["q_proj", "up_proj"], layers_to_transform=[1, 3])))
+    attach(wrapped)
+    for _ in range(2):
+        wrapped(batch())
+    assert layers == [0, 2, 1, 3] and passed() == [2]
+
+
+def test_what_is_wrong_in_a_later_layer_raises(monkeypatch):
+    from posttrain.models import attention
+
+    right = attention.packed_attention
+    monkeypatch.setattr(attention, "packed_attention", lambda *qkv, window, **rest: right(*qkv, **rest))
+    model = tiny("qwen3", num_hidden_layers=4, layer_types=KINDS)
+    attach(model)
+    with pytest.raises(ValueError, match=r"layers of Qwen3Model.* layer 2 \(sliding_attention\): hidden states are up"):
+        model(batch())
+
+
 def test_quantized_layers_are_left_out_and_said(capsys):
     model = tiny("llama")
     attach(model)
-    model.model.layers[0].mlp.codes = torch.nn.Parameter(torch.zeros(3, dtype=torch.uint8), requires_grad=False)
+    for layer in model.model.layers:
+        layer.mlp.codes = torch.nn.Parameter(torch.zeros(3, dtype=torch.uint8), requires_grad=False)
     model(batch())
-    assert counters()["self-check of layers left out: weights are quantized"] == 1
-    assert "self-check of LlamaModel's layers is left out: weights are quantized" in capsys.readouterr().out
+    reason = "weights are quantized in another way than 4 bits of bitsandbytes"
+    assert counters()[f"self-check of layers left out: {reason}"] == 1
+    assert f"self-check of LlamaModel's layers is left out: {reason}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
