@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -80,7 +81,11 @@ def _measure(options: argparse.Namespace, ops: Sequence[str], scaling: bool) -> 
     session = Session(Selection(tuple(ops), suite, options.peers is not None, options.out))
     arguments = ["-q", "--no-header", "--tb=short", "--import-mode=importlib", "-p", "no:cacheprovider"]
     arguments += ["--rootdir", str(Path.cwd()), "-c", os.devnull, "--benchmark-quiet", "-W", "ignore"]
-    return int(pytest.main([*arguments, str(Path(__file__).with_name("suite.py"))], plugins=[session]))
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # pytest then ends by writing what it has
+    try:
+        return int(pytest.main([*arguments, str(Path(__file__).with_name("suite.py"))], plugins=[session]))
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _tune(options: argparse.Namespace) -> int:

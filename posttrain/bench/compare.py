@@ -95,7 +95,7 @@ def _missing(before: Run, after: Run) -> tuple[dict[str, str], dict[Key, str | N
         if why and why.startswith((OURS, PLAIN)):
             failed[case] = why
         elif same and (why or key.op in run):
-            lost[key] = why
+            lost[key] = why or ("not run" if case in after.machine.get("not_run", []) else None)
         elif key.op not in run and key.op not in not_run:
             not_run.append(key.op)
     return failed, lost, not_run

@@ -42,7 +42,8 @@ class Run:
 
     Attributes:
         path: the file.
-        machine: device, driver, cuda, versions, commit, date, suite, roofline; what an older file lacks is absent.
+        machine: device, driver, cuda, versions, commit, date, suite, roofline, what was left out and why, and the cases
+            that the run didn't get to; what an older file lacks is absent.
         figures: by op, case, pass and column; a comparison of `make bench` has only a title.
         extra: all that pytest-benchmark's `extra_info` says of a figure: operations, bytes, rates.
     """
@@ -91,15 +92,16 @@ def date(run: Run) -> str:
 def merged(runs: Sequence[Run]) -> Run:
     """The newest figures of runs of one suite, oldest first, as if of one run.
 
-    The newest run of an op says which cases the op has, and what of it is left out and why.
+    The newest run of an op says which cases the op has, those among them that it didn't get to, and what of it is left
+    out and why.
     """
     figures: dict[Key, Figure] = {}
     extra: dict[Key, dict[str, Any]] = {}
     reasons: dict[str, list[str]] = {}
     for run in runs:
         own = _left_out_of(run)
-        cases = {key[:2] for key in run.figures}
-        gone = [key for key in figures if key.op in own and key[:2] not in cases]
+        cases = {f"{key.op} {key.case}" for key in run.figures} | set(run.machine.get("not_run", []))
+        gone = [key for key in figures if key.op in own and f"{key.op} {key.case}" not in cases]
         for key in gone:
             del figures[key], extra[key]
         figures, extra, reasons = figures | run.figures, extra | run.extra, reasons | own

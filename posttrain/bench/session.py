@@ -72,11 +72,13 @@ class Session:
         self._tables: dict[str, dict[str, Table] | NotMeasured] = {}
         self._lines: list[str] = []
         self._left_out: Counter[str] = Counter()
+        self._cases: list[str] = []
 
     def entries(self, ops: tuple[str, ...]) -> list[Entry]:
         """The tests of these ops, as far as they are selected."""
         suite, wanted = SUITES[self.selection.suite], self.selection.ops
         cases = [case for op in ops if not wanted or op in wanted for case in cases_of(op, suite)]
+        self._cases += map(str, cases)
         return [
             Entry(case, name, column)
             for case in cases
@@ -183,7 +185,9 @@ class Session:
     def pytest_benchmark_generate_machine_info(self) -> dict[str, Any]:
         """The device and everything else that a figure depends on."""
         rates = self._roofline._asdict() if self._roofline else None
-        return {**circumstances(), "suite": self.selection.suite, "roofline": rates, "left_out": sorted(self._left_out)}
+        not_run = [case for case in self._cases if case not in self._tables]  # deselected, or the run was interrupted
+        found = {"suite": self.selection.suite, "roofline": rates, "left_out": sorted(self._left_out)}
+        return {**circumstances(), **found, "not_run": not_run}
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_benchmark_generate_commit_info(self) -> dict[str, Any]:

@@ -14,7 +14,15 @@ _COMMITTED = Path(__file__).parents[2] / "bench" / "results"
 
 
 def write(
-    path: Path, speeds, seconds=(0.9, 1.0, 1.1), peak=10 << 20, device="A", cuda=None, left_out=(), op="rope"
+    path: Path,
+    speeds,
+    seconds=(0.9, 1.0, 1.1),
+    peak=10 << 20,
+    device="A",
+    cuda=None,
+    left_out=(),
+    op="rope",
+    not_run=(),
 ) -> Path:
     """A run of an op with one case for each of `speeds`, (p20, median, p80) by title."""
     benchmarks = []
@@ -23,7 +31,7 @@ def write(
         for name, (p20, median, p80) in (("seconds", seconds), ("speed", speed)):
             facts[name] = {"p20": p20, "median": median, "p80": p80}
         benchmarks.append({"extra_info": facts})
-    machine = {"device": device, "cuda": cuda, "suite": "quick", "left_out": left_out}
+    machine = {"device": device, "cuda": cuda, "suite": "quick", "left_out": left_out, "not_run": not_run}
     path.write_text(json.dumps({"machine_info": machine, "benchmarks": benchmarks}))
     return path
 
@@ -124,6 +132,15 @@ def test_runs_op_by_op_are_one_result(tmp_path, capsys):
         *([verdict, op] for verdict, op in (("worse:", "rope"), ("worse:", "geglu"), ("gone:", "swiglu"))),
         ["2", "worse,"],
     ]
+
+
+def test_what_an_interrupted_run_did_not_get_to_stays(tmp_path):
+    old, new = {name: (1.0, 1.0, 1.0) for name in ("one", "two", "three")}, {"one": (2.0, 2.0, 2.0)}
+    write(tmp_path / "2026-01-01-abc-quick.json", old)
+    write(tmp_path / "2026-01-02-abc-quick.json", new, not_run=["rope three"])
+    assert {key.case: figure.speed.median for key, figure in read(tmp_path).figures.items()} == {"one": 2, "three": 1}
+    lost = compare(*(read(path) for path in sorted(tmp_path.glob("*")))).lost
+    assert {key.case: why for key, why in lost.items()} == {"two": None, "three": "not run"}
 
 
 def test_committed_results_are_readable():

@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -55,6 +57,7 @@ def test_a_run_writes_one_file_for_pytest_benchmark_and_compare(tmp_path):
     assert result.machine["roofline"] == {"copy": 1e12, "gemm": 1e11}
     assert {"torch", "triton", "posttrain"} <= set(result.machine["versions"])
     assert result.machine["left_out"] == ["swiglu: Liger runs on GPUs only"]
+    assert result.machine["not_run"] == []
     key = Key("swiglu", "[16, 3584]", "forward", "posttrain")
     facts = result.extra[key]
     assert facts["bytes"] == 3 * 16 * 3584 * 4 and facts["flops"] == facts["tflops"] == 0
@@ -98,6 +101,19 @@ def test_a_folder_that_cannot_be_made_is_an_error_before_anything_is_measured(tm
     assert main(["bench", "rope", "--out", str(tmp_path / "file")]) == 2
     error = capsys.readouterr().err
     assert f"{tmp_path / 'file'} is not a folder" in error and error.count("\n") == 1
+
+
+def test_a_run_that_is_terminated_ends_as_if_interrupted(tmp_path, monkeypatch):
+    def run(arguments, plugins):
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        return pytest.ExitCode.INTERRUPTED
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(pytest, "main", run)
+    assert main(["bench", "rope", "--out", str(tmp_path)]) == 2
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_folder_whose_name_is_too_long_is_one_line(tmp_path, capsys):
