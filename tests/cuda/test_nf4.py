@@ -1,4 +1,4 @@
-"""The CUDA kernels of NF4 matrices: bits of the reference, products on tensor cores and without, one adapter beside."""
+"""What only the CUDA kernels of NF4 matrices have: parts, exact codes, an adapter beside; the rest: tests/kernels."""
 
 from collections.abc import Callable
 from functools import partial
@@ -11,12 +11,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from posttrain import ops
-from posttrain.ops import NF4Weight, lora_linear, nf4, nf4_dequantize, nf4_linear, quantize_nf4, reference
+from posttrain.ops import NF4Weight, lora_linear, nf4_dequantize, nf4_linear, quantize_nf4, reference
 from posttrain.ops.nf4 import MATVEC_ROWS, Parts
 from posttrain.ops.nf4_cuda import _counters, dequantize
 
 pytestmark = pytest.mark.usefixtures("poison")
-statistics = pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
 
 
 @pytest.fixture(autouse=True)
@@ -37,17 +36,6 @@ def expected(weight: NF4Weight, dtype: torch.dtype) -> Tensor:
     return reference.nf4_dequantize(weight.to("cpu"), dtype).to(weight.packed.device)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
-@pytest.mark.parametrize("blocksize", [32, 64, 4096])
-@statistics
-def test_dequantising_agrees_bit_for_bit(nested, blocksize, dtype, random) -> None:
-    for shape in ((0, 64), (1, 1), (7, 13), (3, 64), (70, 130)):
-        weight = quantize_nf4(random(*shape), blocksize=blocksize, nested=nested)
-        ours = nf4_dequantize(weight, dtype)
-        assert ours.dtype == dtype
-        assert torch.equal(ours, expected(weight, dtype))
-
-
 def test_dequantising_any_part_to_any_address(random) -> None:
     weight = quantize_nf4(random(11, 13), blocksize=32, nested=True)
     whole = expected(weight, torch.float16).flatten()
@@ -60,37 +48,14 @@ def test_dequantising_any_part_to_any_address(random) -> None:
             assert out[:shift].isnan().all() and out[shift + count :].isnan().all()
 
 
-def test_elements_beyond_two_to_the_31(device) -> None:
-    """Most of this matrix is memory that nobody touches."""
-    height, width, count = 1 << 16, 1 << 16, 4096
-    packed = torch.empty(height * width // 2, dtype=torch.uint8, device=device)
-    absmax = torch.empty(0, device=device)
-    absmax.set_(torch.UntypedStorage(4 * (height * width // 64), device=device), 0, (height * width // 64,))
-    packed[-count // 2 :] = 0xFF
-    absmax[-count // 64 :] = torch.arange(count // 64, device=device)
-    out = torch.full((count,), torch.nan, device=device)
-    dequantize(Parts(packed, absmax, None, None, None, height, width, 64, 0), height * width - count, out)
-    assert torch.equal(out.view(-1, 64), absmax[-count // 64 :, None].expand(-1, 64))
-
-
-@pytest.mark.parametrize("shape", [(1, 1), (7, 13), (9, 96), (5, 1024), (0, 64), (3, 0)], ids=str)
-@statistics
-def test_product_agrees_with_the_reference(nested, shape, random) -> None:
-    weight = quantize_nf4(random(*shape), blocksize=32, nested=nested)
-    for rows in (0, 1, 3, MATVEC_ROWS, 20):
-        check(
-            partial(nf4_linear, weight=weight), partial(reference.nf4_linear, weight=weight), [random(rows, shape[1])]
-        )
-
-
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize(
     ("shape", "blocksize"),
-    [((24, 130), 64), ((9, 64), 32), ((33, 64), 64), ((70, 192), 64), ((40, 1088), 128)],
+    [((70, 192), 64), ((40, 1088), 128)],
     ids=str,
 )
-def test_half_precision_is_as_good_as_pytorch(blocksize, shape, dtype, random) -> None:
-    """The last three go to tensor cores, with fewer spans than warps and with more."""
+def test_half_precision_on_tensor_cores(blocksize, shape, dtype, random) -> None:
+    """With fewer spans than warps and with more."""
     weight = quantize_nf4(random(*shape), blocksize=blocksize, nested=blocksize == 64)
     dense = nf4_dequantize(weight, dtype)
     truth = lambda x, bias: reference.nf4_linear(x, weight, bias)  # noqa: E731
@@ -125,11 +90,8 @@ def test_same_bits_every_time_and_alone_or_beside_others(shape, dtype, random) -
         assert torch.equal(op(x[-1]), whole[-1])
 
 
-def test_strides_dimensions_and_odd_addresses(random) -> None:
+def test_odd_addresses(random) -> None:
     weight = quantize_nf4(random(5, 128))
-    truth = lambda x, bias: reference.nf4_linear(x, weight, bias)  # noqa: E731
-    for x in (random(128), random(2, 1, 128), random(3, 256)[:, ::2], random(128, 3).T, random(3, 132)[:, 4:]):
-        check(lambda x, bias: nf4_linear(x, weight, bias), truth, [x, random(10)[::2]])
     half, shifted = random(3, 128, dtype=torch.float16), random(385, dtype=torch.float16)[1:].view(3, 128)
     shifted.copy_(half)
     assert torch.equal(nf4_linear(shifted, weight), nf4_linear(half, weight))
@@ -193,18 +155,3 @@ def test_counters_are_zero_again_after_every_launch(dtype, random) -> None:
     for rows in (1, MATVEC_ROWS):
         lora_linear(random(rows, 64, dtype=dtype), weight, random(20, 64, dtype=dtype), random(70, 20, dtype=dtype))
         assert _counters(weight.packed).eq(0).all()
-
-
-def test_opcheck(random) -> None:
-    weight = Parts.of(quantize_nf4(random(7, 13), nested=True))
-    torch.library.opcheck(torch.ops.posttrain.nf4_dequantize, (*weight, torch.float16, "cuda"))
-    x = random(3, 13).requires_grad_()
-    torch.library.opcheck(torch.ops.posttrain.nf4_linear, (x, random(7), *weight, "cuda"))
-
-
-def test_slabs(random, monkeypatch) -> None:
-    monkeypatch.setitem(nf4._SLAB, "cuda", 40)
-    weight = quantize_nf4(random(11, 13), blocksize=32, nested=True)
-    slabs = [slab.clone() for _, slab in nf4.slabs(Parts.of(weight), torch.float32, "cuda")]
-    assert len(slabs) == 4
-    assert torch.equal(torch.cat(slabs), expected(weight, torch.float32))

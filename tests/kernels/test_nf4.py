@@ -1,4 +1,7 @@
-"""The Triton kernels of NF4 matrices, on the GPU or, small, interpreted on the CPU."""
+"""The kernels of NF4 matrices, on the GPU or, small, on the CPU: bits of the reference, and products.
+
+What only CUDA's have is in tests/cuda/test_nf4.py.
+"""
 
 from dataclasses import replace
 from functools import partial
@@ -6,33 +9,24 @@ from functools import partial
 import pytest
 import torch
 from draw import drawer
+from places import with_dtypes
 from tolerance import HALF, check
 from torch import Tensor
 from torch.nn import functional
 
-from posttrain import ops
-from posttrain.kernels.nf4 import dequantize
+from posttrain.kernels.nf4 import dequantize as dequantize_by_triton
 from posttrain.ops import NF4Weight, nf4, nf4_dequantize, nf4_linear, quantize_nf4, reference
 from posttrain.ops.nf4 import MATVEC_ROWS, Parts
+from posttrain.ops.nf4_cuda import dequantize as dequantize_by_cuda
 
-pytestmark = pytest.mark.usefixtures("poison")
+pytestmark = pytest.mark.usefixtures("poison", "place")
 statistics = pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
-DTYPES = [torch.float32, torch.float16]
-if torch.cuda.is_available():  # Triton's interpreter truncates to bfloat16 instead of rounding
-    DTYPES.append(torch.bfloat16)
-
-
-@pytest.fixture(autouse=True)
-def triton(triton_device):
-    """Everything here runs on Triton."""
-    with ops.use_backend("triton"):
-        yield
 
 
 @pytest.fixture
-def random(triton_device):
+def random(place):
     """`random(*shape, dtype=...)`, the same numbers every time."""
-    return drawer(triton_device, 0.1)
+    return drawer(place.device, 0.1)
 
 
 def expected(weight: NF4Weight, dtype: torch.dtype) -> Tensor:
@@ -40,7 +34,11 @@ def expected(weight: NF4Weight, dtype: torch.dtype) -> Tensor:
     return reference.nf4_dequantize(weight.to("cpu"), dtype).to(weight.packed.device)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+def with_bias(op, weight: NF4Weight):
+    return lambda x, bias: op(x, weight, bias)
+
+
+@with_dtypes(torch.float32, *HALF)
 @pytest.mark.parametrize("blocksize", [32, 64, 4096])
 @statistics
 def test_dequantising_agrees_bit_for_bit(nested, blocksize, dtype, random) -> None:
@@ -51,58 +49,74 @@ def test_dequantising_agrees_bit_for_bit(nested, blocksize, dtype, random) -> No
         assert torch.equal(ours, expected(weight, dtype))
 
 
-def test_dequantising_slab_by_slab(random, monkeypatch) -> None:
-    monkeypatch.setitem(nf4._SLAB, "triton", 40)
+def test_dequantising_slab_by_slab(random, place, monkeypatch) -> None:
+    monkeypatch.setitem(nf4._SLAB, place.backend, 40)
     weight = quantize_nf4(random(11, 13), blocksize=32, nested=True)
-    slabs = [slab.clone() for _, slab in nf4.slabs(Parts.of(weight), torch.float32, "triton")]
+    slabs = [slab.clone() for _, slab in nf4.slabs(Parts.of(weight), torch.float32, place.backend)]
     assert len(slabs) == 4
     assert torch.equal(torch.cat(slabs), expected(weight, torch.float32))
 
 
-def test_elements_up_to_two_to_the_31(triton_device) -> None:
-    """Most of this matrix is memory that nobody touches."""
-    height, width, count = 1 << 15, 1 << 16, 4096
-    packed = torch.empty(height * width // 2, dtype=torch.uint8, device=triton_device)
-    absmax = torch.empty(height * width // 64, device=triton_device)
+def test_elements_around_two_to_the_31(place) -> None:
+    """Up to it in Triton, beyond it in CUDA. Most of this matrix is memory that nobody touches."""
+    dequantize, height = {"triton": (dequantize_by_triton, 1 << 15), "cuda": (dequantize_by_cuda, 1 << 16)}[
+        place.backend
+    ]
+    width, count, device = 1 << 16, 4096, place.device
+    packed = torch.empty(height * width // 2, dtype=torch.uint8, device=device)
+    absmax = torch.empty(0, device=device)
+    absmax.set_(torch.UntypedStorage(4 * (height * width // 64), device=device), 0, (height * width // 64,))
     packed[-count // 2 :] = 0xFF
-    absmax[-count // 64 :] = torch.arange(count // 64, device=triton_device)
-    out = torch.full((count,), torch.nan, device=triton_device)
+    absmax[-count // 64 :] = torch.arange(count // 64, device=device)
+    out = torch.full((count,), torch.nan, device=device)
     dequantize(Parts(packed, absmax, None, None, None, height, width, 64, 0), height * width - count, out)
     assert torch.equal(out.view(-1, 64), absmax[-count // 64 :, None].expand(-1, 64))
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (7, 13), (9, 96), (5, 1024)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (7, 13), (9, 96), (5, 1024), (0, 64), (3, 0)], ids=str)
 @statistics
 def test_product_agrees_with_the_reference(nested, shape, random) -> None:
     weight = quantize_nf4(random(*shape), blocksize=32, nested=nested)
+    op, truth = partial(nf4_linear, weight=weight), partial(reference.nf4_linear, weight=weight)
     for rows in (0, 1, 3, MATVEC_ROWS, 20):
-        check(
-            partial(nf4_linear, weight=weight), partial(reference.nf4_linear, weight=weight), [random(rows, shape[1])]
-        )
+        check(op, truth, [random(rows, shape[1])])
 
 
-@pytest.mark.parametrize("blocksize", [64, 4096])
-def test_other_blocks_strides_and_dimensions(blocksize, random) -> None:
-    weight = quantize_nf4(random(5, 4096), blocksize=blocksize)
-    truth = lambda x, bias: reference.nf4_linear(x, weight, bias)  # noqa: E731
-    for x in (random(4096), random(2, 1, 4096), random(3, 8192)[:, ::2], random(4096, 3).T, random(3, 4100)[:, 4:]):
-        check(lambda x, bias: nf4_linear(x, weight, bias), truth, [x, random(10)[::2]])
-    check(lambda x, bias: nf4_linear(x, weight, bias), truth, [random(20, 4096), random(5)])
+@pytest.mark.parametrize(("width", "blocksize"), [(128, 64), (4096, 64), (4096, 4096)])
+def test_other_blocks_strides_and_dimensions(width, blocksize, random) -> None:
+    weight = quantize_nf4(random(5, width), blocksize=blocksize)
+    op, truth = with_bias(nf4_linear, weight), with_bias(reference.nf4_linear, weight)
+    every_second, turned, shifted = random(3, 2 * width)[:, ::2], random(width, 3).T, random(3, width + 4)[:, 4:]
+    for x in (random(width), random(2, 1, width), every_second, turned, shifted):
+        check(op, truth, [x, random(10)[::2]])
+    check(op, truth, [random(20, width), random(5)])
 
 
-@pytest.mark.parametrize("dtype", DTYPES[1:])
-@pytest.mark.parametrize("rows", [3, 20])
-def test_half_precision_is_as_good_as_pytorch(rows, dtype, random) -> None:
-    weight = quantize_nf4(random(24, 130))
+@with_dtypes(*HALF)
+@pytest.mark.parametrize(
+    ("shape", "blocksize"),
+    [((24, 130), 64), ((9, 64), 32), ((33, 64), 64)],
+    ids=str,
+)
+def test_half_precision_is_as_good_as_pytorch(blocksize, shape, dtype, random) -> None:
+    """CUDA takes the last to tensor cores."""
+    weight = quantize_nf4(random(*shape), blocksize=blocksize, nested=blocksize == 64)
     dense = nf4_dequantize(weight, dtype)
-    inputs = [random(rows, 130, dtype=dtype)]
-    truth = partial(reference.nf4_linear, weight=weight)
-    check(partial(nf4_linear, weight=weight), truth, inputs, lambda x: functional.linear(x, dense))
+    for rows in (1, 3, MATVEC_ROWS, 20):
+        check(
+            with_bias(nf4_linear, weight),
+            with_bias(reference.nf4_linear, weight),
+            [random(rows, shape[1], dtype=dtype), random(shape[0], dtype=dtype)],
+            lambda x, bias: functional.linear(x, dense, bias),
+        )
+    op, truth = partial(nf4_linear, weight=weight), partial(reference.nf4_linear, weight=weight)
+    check(op, truth, [random(3, shape[1], dtype=dtype)], lambda x: functional.linear(x, dense))
 
 
+@with_dtypes(torch.float32, *HALF)
 @pytest.mark.parametrize("shape", [(6, 97), (6, 192)], ids=str)
-def test_same_bits_every_time_and_alone_or_beside_others(shape, random) -> None:
-    weight, x = quantize_nf4(random(*shape), nested=True), random(MATVEC_ROWS, shape[1])
+def test_same_bits_every_time_and_alone_or_beside_others(shape, dtype, random) -> None:
+    weight, x = quantize_nf4(random(*shape), nested=True), random(MATVEC_ROWS, shape[1], dtype=dtype)
     whole = nf4_linear(x, weight)
     assert torch.equal(nf4_linear(x, weight), whole)
     for rows in (1, 2, 3, 5, 9):
@@ -117,17 +131,15 @@ def test_parts_with_gaps(random) -> None:
     assert torch.equal(nf4_linear(x, replace(weight, packed=packed[:, 0])), nf4_linear(x, weight))
 
 
-def test_opcheck(random) -> None:
+def test_opcheck(random, place) -> None:
     weight = Parts.of(quantize_nf4(random(7, 13), nested=True))
-    torch.library.opcheck(torch.ops.posttrain.nf4_dequantize, (*weight, torch.float16, "triton"))
+    torch.library.opcheck(torch.ops.posttrain.nf4_dequantize, (*weight, torch.float16, place.backend))
     x = random(3, 13).requires_grad_()
-    torch.library.opcheck(torch.ops.posttrain.nf4_linear, (x, random(7), *weight, "triton"))
+    torch.library.opcheck(torch.ops.posttrain.nf4_linear, (x, random(7), *weight, place.backend))
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="no CUDA device: a matrix of this size takes the interpreter long"
-)
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: a matrix of this size takes long without")
 @pytest.mark.parametrize("dtype", HALF)
 @statistics
 def test_a_large_matrix(nested, dtype, random) -> None:
