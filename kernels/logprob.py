@@ -29,24 +29,15 @@ from torch import Tensor
 from posttrain.kernels import logprob_device as kernels
 from posttrain.kernels import logprob_unit_device as unit_kernels
 from posttrain.kernels.entry import Entry, entry
+from posttrain.kernels.tiles import Blocks
 from posttrain.ops.backend import cuda_device
 from posttrain.ops.block_sizes import capability_of, chosen, newest
 from posttrain.ops.logprob_problem import Problem
 
-
-class Blocks(NamedTuple):
-    """Tile sizes of the GEMM kernels: targets, vocabulary columns, and the step along H."""
-
-    rows: int
-    columns: int
-    depth: int
-    warps: int
-    stages: int
-
-
 HEADROOM = {torch.float16: 10.0, torch.bfloat16: 40.0, torch.float32: 40.0}  # e^10 < 65504
 
-# Compute capability -> tiles for half precision. A bias, a softcap or the entropy takes registers: then NARROW.
+# Compute capability -> tiles for half precision, targets by columns of the vocabulary. A bias, a softcap or the entropy
+# takes registers: then NARROW.
 WIDE = {
     80: Blocks(128, 128, 64, 8, 3),
     86: Blocks(128, 128, 32, 8, 3),

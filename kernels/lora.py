@@ -14,7 +14,7 @@ library's: the product of rank R first, then the large one adding to it. FUSED s
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from posttrain.kernels import lora_device as kernels
 from posttrain.kernels.entry import Entry, entry
+from posttrain.kernels.tiles import Blocks
 from posttrain.ops import nf4
 from posttrain.ops.backend import cuda_device
 from posttrain.ops.block_sizes import capability_of, chosen, newest
@@ -31,17 +32,6 @@ from posttrain.ops.lora_products import Bundle, Wanted
 # Compute capability -> whether the large products of half precision are the kernel's. Triton's GEMM by pointers is
 # about as fast as the library where both use mma; from sm_90 on the library has TMA and warp specialisation.
 FUSED = {80: True, 86: True, 90: False, 100: False, 120: True}
-
-
-class Blocks(NamedTuple):
-    """Tile sizes of the extended GEMM: rows, columns, and the step along the depth."""
-
-    rows: int
-    columns: int
-    depth: int
-    warps: int
-    stages: int
-
 
 # Compute capability -> tiles for half precision.
 BLOCKS = {

@@ -1,7 +1,19 @@
-"""The order in which the programs of a launch take the tiles of a matrix."""
+"""The tiles of a matrix product: their sizes, and the order in which the programs of a launch take them."""
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
+
+
+class Blocks(NamedTuple):
+    """Tile sizes of a GEMM kernel, rows, columns and the step along the depth, and how it is launched."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
 
 
 @triton.jit
