@@ -14,8 +14,8 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from posttrain.bench.case import Arguments, Function, Problem, Way
-from posttrain.bench.cases.model import twin
 from posttrain.bench.device import DEVICE, DTYPE, GPU
+from posttrain.bench.model import twin
 from posttrain.bench.peers import Makers, on_a_gpu
 
 __all__ = ["Makers"]

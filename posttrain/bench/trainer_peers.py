@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from posttrain.bench.case import Function, Problem
-from posttrain.bench.cases.model import twin
 from posttrain.bench.device import DEVICE, GPU
+from posttrain.bench.model import twin
 from posttrain.bench.peers import Makers
 
 __all__ = ["Makers"]

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from posttrain.bench import decode_peers as peers
 from posttrain.bench.case import Arguments, Case, Problem, Work
-from posttrain.bench.cases.model import make_models
 from posttrain.bench.device import DEVICE, DTYPE, WIDER
+from posttrain.bench.model import make_models
 from posttrain.bench.shapes import ModelShape, Suite
 
 GENERATE = "generate"

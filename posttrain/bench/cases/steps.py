@@ -21,8 +21,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from posttrain.bench import trainer_peers as peers
 from posttrain.bench.case import Case, Problem, Work
-from posttrain.bench.cases.model import make_models
 from posttrain.bench.device import DEVICE, DTYPE, GPU, WIDER
+from posttrain.bench.model import make_models
 from posttrain.bench.shapes import ModelShape, Suite
 
 STEP = "step"
