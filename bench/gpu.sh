@@ -61,7 +61,7 @@ if wanted sanitize && ! command -v compute-sanitizer >/dev/null; then
 elif wanted sanitize; then
   for tool in memcheck synccheck; do  # without PyTorch's cache of freed memory, so that an access beyond a tensor shows
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 1 --target-processes all \
-      "${pytest[@]}" "$root"/tests/{cuda,kernels/test_nf4.py} -m "not slow" -k cuda || failed=1
+      "${pytest[@]}" "$root"/tests/{cuda,kernels/test_{nf4,lora_adapters}.py} -m "not slow" -k cuda || failed=1
   done
 fi
 exit $failed

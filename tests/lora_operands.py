@@ -1,7 +1,11 @@
 """Operands of the LoRA ops."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+SCALING = (0.5, 1.0, 2.0)
 
 
 def randn(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -20,3 +24,14 @@ def several(dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], Tensor]:
     x, weight, _, _, bias = operands(40, 30, 20, 4, dtype)
     a, b = randn(3, 4, 30, seed=5, dtype=dtype), randn(3, 20, 4, seed=6, dtype=dtype)
     return [x, weight, a, b, bias], torch.arange(40).remainder(4) - 1
+
+
+def rows_of_adapters(
+    random: Callable[..., Tensor], rows: int, k: int, n: int, rank: int, dtype: torch.dtype = torch.float32
+) -> tuple[list[Tensor], Tensor]:
+    """x, weight, A and B of three adapters, bias; and the adapter of each row, in no order."""
+    shapes = [(rows, k), (n, k), (3, rank, k), (3, n, rank), (n,)]
+    tensors = [random(*shape, dtype=dtype) for shape in shapes]
+    adapter = (torch.arange(rows, device=tensors[0].device) * 7).remainder(4) - 1
+    adapter[rows // 2 : rows // 2 + 20] = 1  # more rows of an adapter than one product takes
+    return tensors, adapter
