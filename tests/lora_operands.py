@@ -1,9 +1,10 @@
 """Operands of the LoRA ops."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 SCALING = (0.5, 1.0, 2.0)
 
@@ -24,6 +25,16 @@ def several(dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], Tensor]:
     x, weight, _, _, bias = operands(40, 30, 20, 4, dtype)
     a, b = randn(3, 4, 30, seed=5, dtype=dtype), randn(3, 20, 4, seed=6, dtype=dtype)
     return [x, weight, a, b, bias], torch.arange(40).remainder(4) - 1
+
+
+def of(op: Callable[..., Tensor], scaling: float | Sequence[float] = 0.75, **options) -> Callable[..., Tensor]:
+    """`op` as a function of the five operands."""
+    return lambda x, weight, a, b, bias: op(x, weight, a, b, scaling, bias, **options)
+
+
+def plain(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, bias: Tensor) -> Tensor:
+    """What PEFT computes."""
+    return functional.linear(x, weight, bias) + functional.linear(functional.linear(x, a), b) * 0.75
 
 
 def rows_of_adapters(

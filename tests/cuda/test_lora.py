@@ -1,14 +1,12 @@
 """What only the CUDA kernels of LoRA layers promise; the rest is in tests/kernels/test_lora_adapters.py."""
 
-from collections.abc import Callable
 from functools import partial
 
 import pytest
 import torch
 from draw import drawer
-from lora_operands import SCALING, rows_of_adapters
+from lora_operands import SCALING, of, rows_of_adapters
 from tolerance import HALF, assert_as_good_as, check
-from torch import Tensor
 from torch.nn import functional
 
 from posttrain import ops
@@ -37,11 +35,6 @@ def several(random):
     return partial(rows_of_adapters, random)
 
 
-def of(op: Callable[..., Tensor], **options) -> Callable[..., Tensor]:
-    """`op` as a function of the five operands."""
-    return lambda x, weight, a, b, bias: op(x, weight, a, b, SCALING, bias, **options)
-
-
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("wide", [False, True], ids=["half", "float32"])
 @pytest.mark.parametrize("shape", [(40, 128, 40, 20), (40, 100, 33, 8)], ids=str)
@@ -59,7 +52,7 @@ def test_half_precision_is_as_good_as_pytorch(shape, wide, dtype, several) -> No
         a, b = (a.float(), b.float()) if wide else (a, b)
         return lora_linear(x, weight, a, b, SCALING, bias, adapter=adapter)
 
-    check(ours, of(reference.lora_linear, adapter=adapter), inputs, plain)
+    check(ours, of(reference.lora_linear, SCALING, adapter=adapter), inputs, plain)
 
 
 @pytest.mark.parametrize("dtype", HALF)

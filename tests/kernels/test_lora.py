@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 from draw import drawer
+from lora_operands import of, plain
 from tolerance import HALF, check
 from torch import Tensor
 from torch.nn import functional
@@ -52,16 +53,6 @@ def operands(random):
         return [random(*shape, dtype=dtype) for shape in shapes]
 
     return make
-
-
-def of(op: Callable[..., Tensor], scaling=0.75, **options) -> Callable[..., Tensor]:
-    """`op` as a function of the five operands."""
-    return lambda x, weight, a, b, bias: op(x, weight, a, b, scaling, bias, **options)
-
-
-def plain(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, bias: Tensor) -> Tensor:
-    """What PEFT computes."""
-    return functional.linear(x, weight, bias) + functional.linear(functional.linear(x, a), b) * 0.75
 
 
 @both_ways

@@ -1,15 +1,13 @@
 """LoRA layers whose rows name their adapter, by Triton's kernels and CUDA's, on the GPU or, small, on the CPU."""
 
-from collections.abc import Callable
 from functools import partial
 
 import pytest
 import torch
 from draw import drawer
-from lora_operands import SCALING, rows_of_adapters
+from lora_operands import SCALING, of, rows_of_adapters
 from places import with_dtypes
 from tolerance import HALF, check
-from torch import Tensor
 
 from posttrain.ops import LoraLayer, lora_linear, lora_mlp, lora_qkv, quantize_nf4, reference
 
@@ -28,17 +26,12 @@ def several(random):
     return partial(rows_of_adapters, random)
 
 
-def of(op: Callable[..., Tensor], **options) -> Callable[..., Tensor]:
-    """`op` as a function of the five operands."""
-    return lambda x, weight, a, b, bias: op(x, weight, a, b, SCALING, bias, **options)
-
-
 @pytest.mark.parametrize("shape", [(0, 8, 8, 2), (1, 13, 7, 1), (70, 40, 130, 13), (80, 33, 20, 40)], ids=str)
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_each_row_uses_the_adapter_it_names(dropout, shape, several) -> None:
     inputs, adapter = several(*shape)
     options = {"adapter": adapter, "dropout": dropout, "seed": 7}
-    check(of(lora_linear, **options), of(reference.lora_linear, **options), inputs)
+    check(of(lora_linear, SCALING, **options), of(reference.lora_linear, SCALING, **options), inputs)
 
 
 @with_dtypes(*HALF)
@@ -64,7 +57,7 @@ def test_gradients_have_the_same_bits_every_time(several) -> None:
     results = []
     for _ in range(2):
         leaves = [x.detach().requires_grad_() for x in inputs]
-        y = of(lora_linear, adapter=adapter, dropout=0.1, seed=3)(*leaves)
+        y = of(lora_linear, SCALING, adapter=adapter, dropout=0.1, seed=3)(*leaves)
         results.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
     for first, again in zip(*results, strict=True):
         assert torch.equal(first, again)
@@ -85,7 +78,7 @@ def test_strided_operands_and_three_dimensions(several) -> None:
     (x, weight, a, b, bias), adapter = several(80, 60, 48, 6)
     inputs = [x[::2, ::3].view(2, 20, 20), weight[:, ::3], a[:, ::2, ::3], b.mT.contiguous().mT[..., ::2], bias]
     options = {"adapter": adapter[::2].view(2, 20)}
-    check(of(lora_linear, **options), of(reference.lora_linear, **options), inputs)
+    check(of(lora_linear, SCALING, **options), of(reference.lora_linear, SCALING, **options), inputs)
 
 
 @pytest.mark.parametrize("rows", [3, 20])
