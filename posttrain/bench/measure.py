@@ -17,6 +17,7 @@ caches have forgotten. `calls_of` is for comparisons that time the same argument
 import gc
 import itertools
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -96,7 +97,8 @@ def measure(
         rounds: samples of each function.
         peers: whether others' functions are measured, too.
         roofline: the device's best rates, by which it is reckoned whether `seconds` are enough.
-        seconds: that the case may take. The rounds of each pass are kept within its part of them; the gate isn't.
+        seconds: that the case may take. What the gate leaves of them is for the rounds of the passes, of which there
+            are three in any case.
 
     Raises:
         NotMeasured: without room or time, or if our function is wrong.
@@ -108,23 +110,23 @@ def measure(
         raise NotMeasured(f"would take {least:.0f} s at the rates of the roofline, and a case may take {seconds:.0f} s")
     torch.manual_seed(0)
     try:
-        return _tables(case, rounds, peers, seconds / len(case.passes))
+        return _tables(case, rounds, peers, time.perf_counter() + seconds)
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise NotMeasured(f"out of memory, where {case.need / 2**30:.1f} GiB were reckoned with") from error
 
 
-def _tables(case: Case, rounds: int, peers: bool, seconds: float) -> dict[str, Table]:
+def _tables(case: Case, rounds: int, peers: bool, deadline: float) -> dict[str, Table]:
     problem = case.make()
     ways, absent = _ways(problem, case.peers if peers else {})
     missing = {name: dict(absent) for name in case.passes}
     right = {name: _gate(problem, name, ways, missing[name]) for name in case.passes}
     sets = _sets(problem)
     tables = {}
-    for name in case.passes:
+    for number, name in enumerate(case.passes):
         calls = _calls(ways, right[name], sets, name, missing[name])
         gc.collect()
         peaks = {who: peak_of(call) for who, call in calls.items()}
-        samples = alternate(calls, rounds, seconds=seconds)
+        samples = alternate(calls, rounds, seconds=(deadline - time.perf_counter()) / (len(case.passes) - number))
         columns = {who: Column(samples[who], right[name][who], peaks[who]) for who in calls}
         tables[name] = Table(*case.work[name], columns, Comparison.of(PLAIN, samples), missing[name])
     return tables
