@@ -43,6 +43,13 @@ def peft_mlp(problem: Problem) -> Way:
     return _with_layers(problem, call)
 
 
+def unsloth_linear(problem: Problem) -> Way:
+    """Unsloth's output projection."""
+    from unsloth.kernels import apply_lora_o
+
+    return _with_layers(problem, lambda layers, x: apply_lora_o(layers, x[None])[0])
+
+
 def unsloth_qkv(problem: Problem) -> Way:
     """Unsloth's three projections, out of place."""
     from unsloth.kernels import apply_lora_qkv

@@ -136,6 +136,13 @@ def trl_logprob(problem: Problem) -> Function:
     return lambda x, weight, y: -ChunkedLogProbFunction.apply(x, weight, None, y, 1.0, 32768, None, 1.0, ())[0].sum()
 
 
+def unsloth_cross_entropy(problem: Problem) -> Function:
+    """Unsloth's, of the whole logits."""
+    from unsloth.kernels import fast_cross_entropy_loss
+
+    return lambda x, weight, y: fast_cross_entropy_loss(functional.linear(x, weight)[None], y[None], n_items=1)
+
+
 def quack_linear_cross_entropy(problem: Problem) -> Function:
     """quack's chunked one."""
     on_a_gpu()

@@ -27,6 +27,7 @@ def linear_logprob(suite: Suite) -> list[Case]:
         "cut-cross-entropy": peers.cut_cross_entropy,
         "TRL": peers.trl_logprob,
         "quack": peers.quack_linear_cross_entropy,
+        "Unsloth": peers.unsloth_cross_entropy,
     }
     cases = {}
     for model in suite.models:

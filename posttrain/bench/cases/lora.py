@@ -41,7 +41,7 @@ def lora_linear(suite: Suite) -> list[Case]:
         rows = m.heads * m.width
         return Group(f"[{m.hidden}, {rows}]", {"o_proj": (m.hidden, rows)}, _linear, _plain_linear)
 
-    return _cases(suite, "lora_linear", group, {"PEFT": peers.peft_linear})
+    return _cases(suite, "lora_linear", group, {"PEFT": peers.peft_linear, "Unsloth": peers.unsloth_linear})
 
 
 def lora_qkv(suite: Suite) -> list[Case]:
