@@ -74,6 +74,20 @@ struct Pages {
   int64_t page, token, head;
 };
 
+// Heads [batch, heads, tokens, width] whose last dimension is contiguous, and where they go; strides in elements.
+template <class T>
+struct TurnedHeads {
+  struct Strides {
+    int64_t batch, head, token;
+  };
+
+  const T* x;
+  Strides from;
+  T* y;
+  Strides to;
+  int64_t heads;
+};
+
 // Heads of a step's tokens, the angles [tokens, rotated] by which queries and keys are turned, and where they go: queries
 // to `out`, keys and values to the slots of caches [slots, key heads, width]. All but q, k and v are contiguous.
 template <class T>

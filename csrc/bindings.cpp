@@ -51,13 +51,21 @@ void rms_norm_backward(int itemsize, address grad_y, address grad_sum, address s
   });
 }
 
-void rope(int itemsize, address x, int64_t x_batch, int64_t x_head, int64_t x_token, address y, int64_t y_batch,
-          int64_t y_head, int64_t y_token, address cos, address sin, int64_t angle_batch_stride, int64_t batch,
-          int64_t heads, int64_t tokens, int64_t width, int64_t rotated, bool transposed) {
+// Address and strides of batch, heads and tokens, of what is read and of what is written; the number of heads.
+using turned_heads = std::tuple<address, int64_t, int64_t, int64_t, address, int64_t, int64_t, int64_t, int64_t>;
+
+template <class T>
+posttrain::TurnedHeads<T> heads_of(turned_heads x) {
+  const auto [from, from_batch, from_head, from_token, to, to_batch, to_head, to_token, heads] = x;
+  return {at<T>(from), {from_batch, from_head, from_token}, at<T>(to), {to_batch, to_head, to_token}, heads};
+}
+
+void rope(int itemsize, turned_heads q, turned_heads k, address cos, address sin, int64_t angle_batch_stride,
+          int64_t batch, int64_t tokens, int64_t width, int64_t rotated, bool transposed) {
   by_size(itemsize, [=](auto t) {
     using T = decltype(t);
-    POSTTRAIN_CALL(rope<T>, at<T>(x), {x_batch, x_head, x_token}, at<T>(y), {y_batch, y_head, y_token}, at<T>(cos),
-                   at<T>(sin), angle_batch_stride, batch, heads, tokens, width, rotated, transposed);
+    POSTTRAIN_CALL(rope<T>, heads_of<T>(q), heads_of<T>(k), at<T>(cos), at<T>(sin), angle_batch_stride, batch, tokens,
+                   width, rotated, transposed);
   });
 }
 

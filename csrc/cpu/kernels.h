@@ -21,16 +21,11 @@ void rms_norm_backward(const T* grad_y, const T* grad_sum, const T* sum, const T
                        T* partial, double* exact, int64_t rows, int64_t width);
 int64_t rms_norm_blocks(int64_t rows);
 
-// Elements between neighbours of a view [batch, heads, tokens, width] whose last dimension is contiguous.
-struct HeadStrides {
-  int64_t batch, head, token;
-};
-
-// Turns the first `rotated` elements of every head by the angles whose cos and sin are [1 or batch, tokens, rotated],
-// or, transposed, back; copies the others.
+// Turns the first `rotated` elements of every head of queries and keys by the angles whose cos and sin are
+// [1 or batch, tokens, rotated], or, transposed, back; copies the others.
 template <class T>
-void rope(const T* x, HeadStrides from, T* y, HeadStrides to, const T* cos, const T* sin, int64_t angle_batch_stride,
-          int64_t batch, int64_t heads, int64_t tokens, int64_t width, int64_t rotated, bool transposed);
+void rope(const TurnedHeads<T>& q, const TurnedHeads<T>& k, const T* cos, const T* sin, int64_t angle_batch_stride,
+          int64_t batch, int64_t tokens, int64_t width, int64_t rotated, bool transposed);
 
 // A step's queries and keys turned, into `out` [tokens, heads, width] and the cache, and the values beside the keys.
 template <class T>

@@ -8,17 +8,18 @@ namespace posttrain::POSTTRAIN_ISA {
 
 namespace {
 
-// Turns the pairs (x[j], x[j + half]), n of them from j on: y = x cos + rotate(x) sin, or its transpose.
-template <class T>
+// Turns the pairs (x[j], x[j + half]), n of them from j on: y = x cos + rotate(x) sin, or its transpose. The choice is made
+// by the compiler and not in the loop, where it would decide about which of the two products is rounded: the same bits
+// come out of every kernel.
+template <class T, bool kTransposed>
 struct Pairs {
   const T *x, *cos, *sin;
   T* y;
   int64_t half;
-  bool transposed;
 
   void turn(Vec<T> a, Vec<T> b, Vec<T> cos_a, Vec<T> cos_b, Vec<T> sin_a, Vec<T> sin_b, Vec<T>& u, Vec<T>& v) const {
-    u = transposed ? a * cos_a + b * sin_b : a * cos_a - b * sin_a;
-    v = transposed ? b * cos_b - a * sin_a : b * cos_b + a * sin_b;
+    u = kTransposed ? a * cos_a + b * sin_b : a * cos_a - b * sin_a;
+    v = kTransposed ? b * cos_b - a * sin_a : b * cos_b + a * sin_b;
   }
 
   void run() const {
@@ -42,9 +43,9 @@ struct Pairs {
 };
 
 // Turns the first `rotated` elements of x[0, width) by the angles, or back; copies the others. y may be x.
-template <class T>
-inline void turn_head(const T* x, T* y, const T* cos, const T* sin, int64_t width, int64_t rotated, bool transposed) {
-  Pairs<T>{x, cos, sin, y, rotated / 2, transposed}.run();
+template <bool kTransposed, class T>
+inline void turn_head(const T* x, T* y, const T* cos, const T* sin, int64_t width, int64_t rotated) {
+  Pairs<T, kTransposed>{x, cos, sin, y, rotated / 2}.run();
   for (int64_t j = rotated; j < width; ++j) y[j] = x[j];
 }
 

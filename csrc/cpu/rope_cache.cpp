@@ -15,12 +15,12 @@ void rope_cache_tokens(const StepHeads<T>& s, int64_t begin, int64_t end) {
   for (int64_t t = begin; t < end; ++t) {
     const T *cos = s.cos + t * s.rotated, *sin = s.sin + t * s.rotated;
     for (int64_t h = 0; h < s.heads; ++h)
-      turn_head(s.q.data + t * s.q.token + h * s.q.head, s.out + (t * s.heads + h) * s.width, cos, sin, s.width,
-                s.rotated, false);
+      turn_head<false>(s.q.data + t * s.q.token + h * s.q.head, s.out + (t * s.heads + h) * s.width, cos, sin, s.width,
+                       s.rotated);
     const int64_t slot = s.slots[t] * s.key_heads * s.width;
     for (int64_t h = 0; h < s.key_heads; ++h) {
-      turn_head(s.k.data + t * s.k.token + h * s.k.head, s.keys + slot + h * s.width, cos, sin, s.width, s.rotated,
-                false);
+      turn_head<false>(s.k.data + t * s.k.token + h * s.k.head, s.keys + slot + h * s.width, cos, sin, s.width,
+                       s.rotated);
       const T* v = s.v.data + t * s.v.token + h * s.v.head;
       for (int64_t j = 0; j < s.width; ++j) s.values[slot + h * s.width + j] = v[j];
     }

@@ -112,24 +112,23 @@ def _empty(x: Tensor, heads_dim: int, heads_inside: bool) -> Tensor:
 
 
 def _turn(
-    inputs: tuple[Tensor, Tensor],
-    outputs: tuple[Tensor, Tensor],
+    inputs: tuple[Tensor, ...],
+    outputs: tuple[Tensor, ...],
     cos: Tensor,
     sin: Tensor,
     heads_dim: int,
     backend: str,
     transposed: bool,
 ) -> None:
-    sources = [_heads_outside(x if x.stride(-1) == 1 else x.contiguous(), heads_dim) for x in inputs]
-    targets = [_heads_outside(y, heads_dim) for y in outputs]
-    cos, sin = (angle if angle.ndim == 3 else angle.unsqueeze(0) for angle in (cos, sin))  # [B or 1, T, R]
+    inputs = tuple(x if x.stride(-1) == 1 else x.contiguous() for x in inputs)
     if backend == "triton":
         from posttrain.kernels.rope import turn
 
+        cos, sin = (angle if angle.ndim == 3 else angle.unsqueeze(0) for angle in (cos, sin))  # [B or 1, T, R]
+        sources, targets = ([_heads_outside(x, heads_dim) for x in xs] for xs in (inputs, outputs))
         turn(sources, targets, cos.contiguous(), sin.contiguous(), transposed)
         return
-    for x, y in zip(sources, targets, strict=True):
-        _cpu_turn(x, y, cos.to(x.dtype).contiguous(), sin.to(x.dtype).contiguous(), transposed)
+    _cpu_turn(inputs, outputs, cos, sin, heads_dim, transposed)
 
 
 def _heads_outside(x: Tensor, heads_dim: int) -> Tensor:
@@ -138,25 +137,33 @@ def _heads_outside(x: Tensor, heads_dim: int) -> Tensor:
     return x if x.ndim == 4 else x.unsqueeze(0)
 
 
-def _cpu_turn(x: Tensor, y: Tensor, cos: Tensor, sin: Tensor, transposed: bool) -> None:
-    batch, heads, tokens, width = x.shape
-    rotated = cos.shape[-1]
+def _cpu_turn(
+    inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...], cos: Tensor, sin: Tensor, heads_dim: int, transposed: bool
+) -> None:
+    q = inputs[0]
+    cos, sin = (angle.to(q.dtype).contiguous() for angle in (cos, sin))
+    batch, tokens, rotated = q.shape[0] if q.ndim == 4 else 1, q.shape[-5 - heads_dim], cos.shape[-1]
     _C.rope(
-        x.itemsize,
-        x.data_ptr(),
-        *x.stride()[:3],
-        y.data_ptr(),
-        *y.stride()[:3],
+        q.itemsize,
+        *(
+            (*_place(x, heads_dim), *_place(y, heads_dim), x.shape[heads_dim])
+            for x, y in zip(inputs, outputs, strict=True)
+        ),
         cos.data_ptr(),
         sin.data_ptr(),
-        tokens * rotated if cos.shape[0] > 1 else 0,
+        tokens * rotated if cos.ndim == 3 and cos.shape[0] > 1 else 0,
         batch,
-        heads,
         tokens,
-        width,
+        q.shape[-1],
         rotated,
         transposed,
     )
+
+
+def _place(x: Tensor, heads_dim: int) -> tuple[int, int, int, int]:
+    """Address, and elements between neighbours in the batch (if there is one), heads and tokens."""
+    strides = x.stride()
+    return x.data_ptr(), strides[0], strides[heads_dim], strides[-5 - heads_dim]
 
 
 def _fake(q, k, cos, sin, heads_dim, backend):
