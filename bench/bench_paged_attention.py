@@ -6,7 +6,7 @@ Those are against SDPA on caches that are already contiguous and of one length.
 import pytest
 
 from posttrain.bench.case import FORWARD
-from posttrain.bench.cases.decode import decode
+from posttrain.bench.cases.decode import ATTENTION_PEERS, decode
 from posttrain.bench.interleave import interleave
 from posttrain.bench.measure import PLAIN, calls_of
 from posttrain.bench.suite import pytest_generate_tests, test_case
@@ -24,7 +24,7 @@ SHAPES = {  # sequences, keys of each, how many of them are shared, heads and ke
 @pytest.mark.parametrize("name", SHAPES)
 def test_decode(name, publish) -> None:
     sequences, keys, shared, heads, width = SHAPES[name]
-    calls, _ = calls_of(decode(*SHAPES[name]), {}, FORWARD)
+    calls, missing = calls_of(decode(*SHAPES[name]), ATTENTION_PEERS, FORWARD)
     sharing = f", {shared} of them shared" if shared else ""
     title = f"decode {sequences} x {keys} keys{sharing}, {heads[0]} heads over {heads[1]} of {width}"
-    publish(f"paged-attention-{name}", title, interleave(calls, PLAIN, rounds=25))
+    publish(f"paged-attention-{name}", title, interleave(calls, PLAIN, rounds=25), **missing)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from posttrain.bench.case import FORWARD
-from posttrain.bench.cases.decode import draw, filtered
+from posttrain.bench.cases.decode import SAMPLE_PEERS, draw, filtered
 from posttrain.bench.interleave import interleave
 from posttrain.bench.measure import calls_of
 from posttrain.bench.suite import pytest_generate_tests, test_case
@@ -27,6 +27,6 @@ def test_sample(name, size, publish) -> None:
     def multinomial() -> Tensor:
         return torch.multinomial(filtered(logits, *FILTERS[name]).softmax(-1), 1)
 
-    calls, _ = calls_of(problem, {}, FORWARD)
+    calls, missing = calls_of(problem, SAMPLE_PEERS, FORWARD)
     result = interleave({"multinomial": multinomial, **calls}, "multinomial", rounds=15)
-    publish(f"sample-{name}-{size}", f"sample {name}, {len(logits)} rows of {size}", result)
+    publish(f"sample-{name}-{size}", f"sample {name}, {len(logits)} rows of {size}", result, **missing)

@@ -22,6 +22,19 @@ from posttrain.bench.shapes import ModelShape, Suite
 _PAGE = 16
 _FILTERS = {"no filter": (0, 1.0), "top-p 0.9": (0, 0.9), "top-k 20, top-p 0.95": (20, 0.95)}
 _ROWS = 32
+ATTENTION_PEERS: peers.Makers = {
+    "SDPA, gathering": peers.sdpa_gathering,
+    "FlexAttention": peers.flex_paged,
+    "flash-attn 2": peers.flash2_decode,
+    "flash-attn 3": peers.flash3_decode,
+    "FlashInfer": peers.flashinfer_decode,
+}
+SAMPLE_PEERS: peers.Makers = {
+    "torch.compile": compiled,
+    "transformers": peers.warpers_of_transformers,
+    "exponential race": peers.race,
+    "FlashInfer": peers.flashinfer_sample,
+}
 
 
 def rope_cache(suite: Suite) -> list[Case]:
@@ -63,13 +76,6 @@ def _write(model: ModelShape) -> Problem:
 
 def paged_attention(suite: Suite) -> list[Case]:
     """32 sequences with keys of their own, and with most of them shared, over the heads of the models."""
-    named: peers.Makers = {
-        "SDPA, gathering": peers.sdpa_gathering,
-        "FlexAttention": peers.flex_paged,
-        "flash-attn 2": peers.flash2_decode,
-        "flash-attn 3": peers.flash3_decode,
-        "FlashInfer": peers.flashinfer_decode,
-    }
     cases = {}
     for model in suite.models:
         for shared in (0, suite.tokens // 4):
@@ -80,7 +86,7 @@ def paged_attention(suite: Suite) -> list[Case]:
             need = size * (4 + 2 * WIDER.itemsize / DTYPE.itemsize)
             make = partial(decode, _ROWS, keys, shared, (model.heads, model.key_heads), model.width)
             work = {FORWARD: _decoding(keys, shared, model)}
-            cases[title] = Case("paged_attention", title, need, make, work, named)
+            cases[title] = Case("paged_attention", title, need, make, work, ATTENTION_PEERS)
     return list(cases.values())
 
 
@@ -121,19 +127,13 @@ def decode(rows: int, keys: int, shared: int, heads: tuple[int, int], width: int
 
 def sample(suite: Suite) -> list[Case]:
     """32 rows over the vocabularies; plain PyTorch draws with transformers' filters and then looks the logprob up."""
-    named: peers.Makers = {
-        "torch.compile": compiled,
-        "transformers": peers.warpers_of_transformers,
-        "exponential race": peers.race,
-        "FlashInfer": peers.flashinfer_sample,
-    }
     cases = []
     for vocabulary in dict.fromkeys(model.vocabulary for model in suite.models):
         for name, (top_k, top_p) in _FILTERS.items():
             need = 12.0 * _ROWS * vocabulary * WIDER.itemsize
             title = f"[{_ROWS}, {vocabulary}] {name}"
             work = {FORWARD: Work(0, 1.0 * _ROWS * vocabulary * DTYPE.itemsize)}
-            cases.append(Case("sample", title, need, partial(draw, vocabulary, top_k, top_p), work, named))
+            cases.append(Case("sample", title, need, partial(draw, vocabulary, top_k, top_p), work, SAMPLE_PEERS))
     return cases
 
 
