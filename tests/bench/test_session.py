@@ -75,7 +75,9 @@ def test_a_wrong_op_fails_and_has_no_figures(tmp_path):
     done = run(tmp_path, "wrong")
     assert done.returncode == 1
     assert "rms_norm [16, 1024]: no figures: posttrain is wrong" in done.stdout
-    assert not list((tmp_path / "out").glob("*/*.json"))
+    (path,) = (tmp_path / "out").glob("*/*.json")
+    result = read(path)
+    assert not result.figures and all("posttrain is wrong" in reason for reason in result.machine["left_out"])
 
 
 @pytest.mark.parametrize(
