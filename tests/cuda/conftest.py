@@ -5,9 +5,18 @@ from collections.abc import Iterator
 import pytest
 from places import ORDERS, cuda_device
 
+from posttrain import ops
+
 
 @pytest.fixture(params=ORDERS)
 def device(request: pytest.FixtureRequest) -> Iterator[str]:
     """ "cuda", or "cpu" with `use_backend("cuda")` allowed there."""
     with cuda_device(request.param) as device:
         yield device
+
+
+@pytest.fixture
+def cuda(device: str) -> Iterator[None]:
+    """Ops run on CUDA kernels."""
+    with ops.use_backend("cuda"):
+        yield

@@ -13,14 +13,7 @@ from posttrain import ops
 from posttrain.ops import LoraLayer, lora_linear, reference
 from posttrain.ops.lora_layer import flatten
 
-pytestmark = pytest.mark.usefixtures("poison")
-
-
-@pytest.fixture(autouse=True)
-def cuda(device):
-    """Everything here runs on CUDA kernels."""
-    with ops.use_backend("cuda"):
-        yield
+pytestmark = pytest.mark.usefixtures("poison", "cuda")
 
 
 @pytest.fixture

@@ -10,19 +10,11 @@ from tolerance import HALF, assert_as_good_as, check
 from torch import Tensor
 from torch.nn import functional
 
-from posttrain import ops
 from posttrain.ops import NF4Weight, lora_linear, nf4_dequantize, nf4_linear, quantize_nf4, reference
 from posttrain.ops.nf4 import MATVEC_ROWS, Parts
 from posttrain.ops.nf4_cuda import _counters, dequantize
 
-pytestmark = pytest.mark.usefixtures("poison")
-
-
-@pytest.fixture(autouse=True)
-def cuda(device):
-    """Everything here runs on CUDA kernels."""
-    with ops.use_backend("cuda"):
-        yield
+pytestmark = pytest.mark.usefixtures("poison", "cuda")
 
 
 @pytest.fixture

@@ -8,21 +8,13 @@ from paged_step import Step, make, plain
 from tolerance import HALF, assert_as_good_as, assert_true_to, assert_unbiased
 from torch import Tensor
 
-from posttrain import ops
 from posttrain.ops import reference
 
-pytestmark = pytest.mark.usefixtures("poison")
+pytestmark = pytest.mark.usefixtures("poison", "cuda")
 OPTIONS = [{}, {"window": 70, "scale": 0.3}, {"softcap": 0.5, "window": 300}]
 # With pages of 512 keys shared, four sequences go through their first split together, and two through both.
 CONTEXTS = [530, 300, 290, 256, 3, 515, 597]
 ONES = [1] * len(CONTEXTS)
-
-
-@pytest.fixture(autouse=True)
-def cuda(device):
-    """Everything here runs on the CUDA kernels."""
-    with ops.use_backend("cuda"):
-        yield
 
 
 def run(step: Step, device: str, **options) -> Tensor:

@@ -10,17 +10,10 @@ from torch import Tensor
 from posttrain import ops
 from posttrain.ops import reference
 
-pytestmark = [pytest.mark.usefixtures("poison"), pytest.mark.filterwarnings("ignore:overflow encountered")]
+pytestmark = [pytest.mark.usefixtures("poison", "cuda"), pytest.mark.filterwarnings("ignore:overflow encountered")]
 EPS = 1e-6
 # From one warp's share, over widths that aren't a multiple of a vector, to more than a block holds.
 SHAPES = [(0, 8), (3, 0), (1, 1), (63, 100), (2, 3, 64), (5, 97), (3, 4096), (2, 2503), (2, 20000)]
-
-
-@pytest.fixture(autouse=True)
-def cuda(device):
-    """Everything here runs on the CUDA kernels."""
-    with ops.use_backend("cuda"):
-        yield
 
 
 def operands(shape: tuple[int, ...], device: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> list[Tensor]:

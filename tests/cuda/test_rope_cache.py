@@ -9,18 +9,11 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from posttrain import ops
 from posttrain.ops import reference
 
-pytestmark = pytest.mark.usefixtures("poison")
+pytestmark = pytest.mark.usefixtures("poison", "cuda")
 
 SLOTS = [3, 23, 0, 9, 10, 31, 16]
 # D and how much of it is rotated: by vectors, and one element at a time.
 WIDTHS = [(64, 64), (128, 64), (10, 6), (96, 80)]
-
-
-@pytest.fixture(autouse=True)
-def cuda(device):
-    """Everything here runs on the CUDA kernels."""
-    with ops.use_backend("cuda"):
-        yield
 
 
 def step(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from posttrain import ops
 
-pytestmark = pytest.mark.usefixtures("poison")
+pytestmark = pytest.mark.usefixtures("poison", "cuda")
 
 # One row each.
 FILTERS = {
@@ -19,13 +19,6 @@ FILTERS = {
     "min_p": [0.0, 0.0, 0.0, 0.2, 0.0, 0.0, 0.0, 0.0, 0.0, 0.1, 0.0, 1e-3],
 }
 ROWS = len(FILTERS["temperature"])
-
-
-@pytest.fixture(autouse=True)
-def cuda(device):
-    """Everything here runs on the CUDA kernels."""
-    with ops.use_backend("cuda"):
-        yield
 
 
 def logits_of(rows: int, size: int, seed: int = 0, spread: float = 2.0) -> Tensor:

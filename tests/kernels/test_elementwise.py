@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from posttrain import ops
 from posttrain.ops import reference
 
-pytestmark = [pytest.mark.usefixtures("poison"), pytest.mark.filterwarnings("ignore:overflow encountered")]
+pytestmark = [pytest.mark.usefixtures("poison", "triton"), pytest.mark.filterwarnings("ignore:overflow encountered")]
 each_dtype = pytest.mark.parametrize(
     "dtype",
     [
@@ -27,13 +27,6 @@ each_dtype = pytest.mark.parametrize(
         ),
     ],
 )
-
-
-@pytest.fixture(autouse=True)
-def triton(triton_device):
-    """Everything here runs on Triton."""
-    with ops.use_backend("triton"):
-        yield
 
 
 @pytest.fixture

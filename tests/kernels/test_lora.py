@@ -16,17 +16,10 @@ from posttrain.kernels import lora as kernels
 from posttrain.ops import LoraLayer, lora_linear, lora_mlp, lora_qkv, quantize_nf4, reference
 from posttrain.ops.lora_layer import flatten
 
-pytestmark = pytest.mark.usefixtures("poison")
+pytestmark = pytest.mark.usefixtures("poison", "triton")
 DTYPES = [torch.float16]
 if torch.cuda.is_available():  # Triton's interpreter truncates to bfloat16 instead of rounding
     DTYPES.append(torch.bfloat16)
-
-
-@pytest.fixture(autouse=True)
-def triton(triton_device):
-    """Everything here runs on Triton."""
-    with ops.use_backend("triton"):
-        yield
 
 
 @pytest.fixture(params=[True, False], ids=["fused", "library"])

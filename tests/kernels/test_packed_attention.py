@@ -16,20 +16,13 @@ from posttrain.kernels import packed_attention as kernels
 from posttrain.ops import reference
 from posttrain.ops.layout import PackedLayout
 
-pytestmark = pytest.mark.usefixtures("poison")
+pytestmark = pytest.mark.usefixtures("poison", "triton")
 FORESTS = {
     "sequences": ([3, 40, 1, 0, 37], [-1] * 5),
     "prompt with completions": ([45, 20, 7, 33], [-1, 0, 0, 0]),
     "tree after a sequence": ([10, 30, 5, 12, 40, 3], [-1, -1, 1, 2, 1, -1]),
 }
 OPTIONS = [{}, {"window": 9}, {"softcap": 2.0, "scale": 0.3}]
-
-
-@pytest.fixture(autouse=True)
-def triton(triton_device):
-    """Everything here runs on Triton."""
-    with ops.use_backend("triton"):
-        yield
 
 
 def operands(tokens: int, heads: int, key_heads: int, width: int, device: str, dtype=torch.float32) -> list[Tensor]:
