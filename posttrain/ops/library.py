@@ -42,15 +42,15 @@ def define(
         return lambda *args: registered(*args) if _intercepted() else forward(*_plain(name, args))
 
     torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_LIBRARY)
-    function: Any = type(
-        name,
-        (torch.autograd.Function,),
-        {
-            "forward": staticmethod(forward),
-            "setup_context": staticmethod(setup_context),
-            "backward": staticmethod(once_differentiable(backward)),
-        },
-    )
+
+    def forward_and_context(ctx: Any, *args: Any) -> Any:
+        """Both at once: a Function with a `setup_context` has its signature inspected in every call, 25 to 70 us."""
+        output = forward(*args)
+        setup_context(ctx, args, output)
+        return output
+
+    methods = {"forward": staticmethod(forward_and_context), "backward": staticmethod(once_differentiable(backward))}
+    function: Any = type(name, (torch.autograd.Function,), methods)
 
     def call(*args: Any) -> Any:
         if _intercepted():

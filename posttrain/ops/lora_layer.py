@@ -123,7 +123,7 @@ def _adapters(where: str, layer: LoraLayer, several: bool) -> tuple[Tensor | Non
 
 
 def _factors(where: str, scaling: float | Sequence[float], count: int) -> list[float]:
-    if isinstance(scaling, SupportsFloat):
+    if isinstance(scaling, float | SupportsFloat):  # float first: asking a protocol takes 10 us
         return [float(scaling)] * count
     if not isinstance(scaling, Sequence) or not all(isinstance(factor, SupportsFloat) for factor in scaling):
         raise ValueError(f"{where}scaling must be a number or {count} of them, got {scaling!r}")

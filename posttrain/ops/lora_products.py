@@ -107,8 +107,12 @@ def _low_rank(x: Tensor, layers: Sequence[Layer], options: Options, bundle: Bund
         u = _kernels().low_rank(x, layers, options, bundle)
         return [u[:, columns] for columns in bundle.columns]
     u = torch.empty(len(x), len(bundle.lora_a), dtype=bundle.lora_a.dtype, device=x.device)
+    factors = {_factor(layers[i], options) for i in bundle.layers}
+    factor = factors.pop() if len(factors) == 1 else None
     for rows in _tiles(len(x), x.shape[1], x.dtype == u.dtype and bundle.dropped is None):
-        torch.mm(bundle.source(x, rows), bundle.lora_a.T, out=u[rows])
+        _product(u[rows], bundle.source(x, rows), bundle.lora_a.T, 1.0 if factor is None else factor)
+    if factor is not None:
+        return [u[:, columns] for columns in bundle.columns]
     parts = zip(bundle.layers, bundle.columns, strict=True)
     return [_scaled(u[:, columns], layers[i], options, slice(None)) for i, columns in parts]
 
@@ -199,13 +203,16 @@ def _adapter_gradient(
         tile = bundle.source(x, rows)
         u = tile @ bundle.lora_a.T if any(wanted.lora_b) else None
         for i, columns, lora_b, grad_b in zip(bundle.layers, bundle.columns, lora_bs, grad_bs, strict=True):
-            grad = grads[i][rows].to(wide)
+            grad, factor = grads[i][rows].to(wide), _factor(layers[i], options)
             if grad_b is not None and u is not None:
-                grad_b.addmm_(_scaled(u[:, columns], layers[i], options, rows).T, grad)
-            if v is not None:
+                low = u[:, columns] if factor is not None else _scaled(u[:, columns], layers[i], options, rows)
+                grad_b.addmm_(low.T, grad, beta=float(rows.start > 0), alpha=1.0 if factor is None else factor)
+            if v is not None and factor is not None:
+                _product(v[rows, columns], grad, lora_b, factor)
+            elif v is not None:
                 v[rows, columns] = _scaled(grad @ lora_b, layers[i], options, rows)
         if grad_a is not None and v is not None:
-            grad_a.addmm_(v[rows].T, tile)
+            grad_a.addmm_(v[rows].T, tile, beta=float(rows.start > 0))
     return v, grad_a, grad_bs
 
 
@@ -271,6 +278,16 @@ def _cuda() -> Any:
     from posttrain.ops import lora_cuda
 
     return lora_cuda
+
+
+def _factor(layer: Layer, options: Options) -> float | None:
+    """c where it is that of all rows, or None where they name their adapter."""
+    return layer.scaling[0] / (1 - options.dropout) if options.adapter is None else None
+
+
+def _product(out: Tensor, a: Tensor, b: Tensor, factor: float) -> None:
+    """`out = factor a b`, in one pass."""
+    torch.addmm(out, a, b, beta=0, alpha=factor, out=out)
 
 
 def _scaled(low: Tensor, layer: Layer, options: Options, rows: slice) -> Tensor:
