@@ -50,6 +50,11 @@ def test_full_blocks_widths_and_strides(triton_device) -> None:
     layout = PackedLayout.from_forest([100, 70, 36], [-1, 0, 0], device=triton_device)
     q, k, v = operands(206, 3, 1, 40, triton_device)
     check(*both(layout), [q[..., :20], k[..., 20:], v])
+
+
+def test_heads_of_one_tensor_and_their_strides(triton_device) -> None:
+    layout = PackedLayout.from_forest([40, 20, 10], [-1, 0, 0], device=triton_device)
+    q, k, v = operands(70, 3, 1, 40, triton_device)
     fused = torch.cat([q, k, v], 1).transpose(1, 2).contiguous().transpose(1, 2)
     check(*both(layout), [x.contiguous() for x in fused.split([3, 1, 1], 1)])
     check(*both(layout), list(fused.split([3, 1, 1], 1)))
