@@ -10,7 +10,7 @@ from tiny_models import tiny
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
-from transformers import Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import posttrain
 from posttrain.integrations import counters
@@ -64,13 +64,84 @@ def loss_without_logits_under_fsdp2():
             output = model(**batch(RANK))
         output.loss.backward()
         assert_gradients(model, tiny("qwen3", torch.float64))
-        (said,) = (what for what in counters() if "loss" in what)
-        assert "is a FSDPLinear, not a Linear" in said if head_alone else said == "loss by linear_logprob"
-        assert (output.logits is None) is not head_alone
+        assert counters()["loss by linear_logprob"] == 1 and output.logits is None
         detach()
         assert type(model).__bases__ == (FSDPModule, type(tiny("qwen3")))
         assert type(model.model.layers[0]).__name__ == "FSDPQwen3DecoderLayer"
         torch.testing.assert_close(model(**batch(RANK)).loss, output.loss)
+
+
+def what_is_sharded_gets_our_ops_later():
+    model = tiny("qwen3")
+    before = [type(module) for module in shard(model, *model.model.layers).modules()]
+    posttrain.enable()
+    forget()
+    attach(model)
+    assert type(model).__name__ == "FSDPQwen3ForCausalLM" and isinstance(model.model.layers[0], FSDPModule)
+    with loss_only(model), posttrain.shared_prefix(model):
+        model(**batch(RANK)).loss.backward()
+    assert_gradients(model, tiny("qwen3", torch.float64))
+    left_out = "self-check of layers left out: weights are divided among processes"
+    fired = ("model prepared", left_out, "loss by linear_logprob", "batch with shared prefixes")
+    assert counters() == dict.fromkeys([*fired, "self-check of the language head passed"], 1), counters()
+    posttrain.disable()
+    assert [type(module).__mro__[1:] for module in model.modules()] == [cls.__mro__[1:] for cls in before]
+
+
+def fsdp2_of_accelerate():
+    """Accelerate's own code, which it leaves out on a CPU, where its plugin is ignored and it takes DDP."""
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedType
+
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["Qwen3DecoderLayer"]
+    )
+    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
+    assert not accelerator.is_fsdp2
+    accelerator.state.distributed_type, accelerator.state.fsdp_plugin = DistributedType.FSDP, plugin
+    model = tiny("qwen3")
+    posttrain.enable()
+    forget()
+    attach(model)
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), 0.1))
+    for _ in range(2):
+        attach(accelerator.unwrap_model(model))  # as a trainer does that is used again
+        optimizer.zero_grad()
+        with loss_only(model), posttrain.shared_prefix(model):
+            loss = model(**batch(RANK)).loss
+        accelerator.backward(loss)
+    assert_gradients(model, tiny("qwen3", torch.float64))
+    fired = counters()
+    assert fired["loss by linear_logprob"] == fired["batch with shared prefixes"] == 2
+    assert fired["self-check of the layers of Qwen3Model passed"] == 1
+    optimizer.step()
+    posttrain.disable()
+    AcceleratorState._reset_state(True)
+
+
+def tensor_parallel_model():
+    folder = f"{sys.argv[1]}/model"
+    tiny("llama", num_key_value_heads=4).save_pretrained(folder)  # by the first process
+    dist.barrier()
+
+    def loaded():
+        return AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto", dtype=torch.float32)
+
+    theirs = loaded()
+    theirs(**batch(0)).loss.backward()
+    posttrain.enable()
+    model = loaded()
+    with loss_only(model), posttrain.shared_prefix(model):
+        output = model(**batch(0))
+    output.loss.backward()
+    assert isinstance(model.model.layers[0].mlp.up_proj.weight, DTensor)
+    for ours, parameter in zip(model.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, parameter.grad)
+    (said,) = (what for what in counters() if "loss left to transformers" in what)
+    assert "the head is divided among processes (DTensor)" in said
+    assert counters()["batch with shared prefixes"] == 1
+    posttrain.disable()
 
 
 def adapters_whose_layers_are_sharded_one_by_one():
@@ -122,6 +193,9 @@ def trainer_under_ddp():
 CHECKS = (
     shared_prefixes_under_fsdp2,
     loss_without_logits_under_fsdp2,
+    what_is_sharded_gets_our_ops_later,
+    fsdp2_of_accelerate,
+    tensor_parallel_model,
     adapters_whose_layers_are_sharded_one_by_one,
     ops_refuse_what_is_divided,
     trainer_under_ddp,

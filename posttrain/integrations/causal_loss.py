@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.trainer_pt_utils import LabelSmoother
@@ -28,7 +29,7 @@ from posttrain.integrations.counting import count, say
 from posttrain.integrations.self_check import check_head, compute_dtype
 from posttrain.integrations.trl_logprob import head_obstacle, mean_of_logits
 from posttrain.models.causal_lm import ModelError, decoder
-from posttrain.models.disguise import Disguise, disguised
+from posttrain.models.disguise import Disguise, disguised, put_on
 from posttrain.models.head import Head, head
 from posttrain.models.prepare import without
 from posttrain.ops import linear_logprob
@@ -53,9 +54,8 @@ class LossOnly(Disguise):
 
 def replace_loss(causal: Any) -> None:
     """Give `causal` a forward that can leave out the logits."""
-    original: Any = type(causal)
-    if not issubclass(original, LossOnly):
-        causal.__class__ = _loss_only_class(original)
+    if not isinstance(causal, LossOnly):
+        put_on(causal, _loss_only_class)
 
 
 def restore_loss(causal: Any) -> None:
@@ -109,7 +109,8 @@ def _obstacle(causal: Any, wish: _Wish, kwargs: Mapping[str, Any]) -> str | None
         return str(problem)
     if wish.smoother is not None and (found.softcap is not None or found.lora is not None):
         return "label smoothing of capped logits, or with an adapter on the head, is computed from logits"
-    return head_obstacle(found.weight)
+    gathered = isinstance(causal.get_output_embeddings(), FSDPModule) and not torch.compiler.is_compiling()
+    return None if gathered else head_obstacle(found.weight)
 
 
 def _with_logits(forward: Callable[..., Any], wish: _Wish, kwargs: dict[str, Any]) -> Any:
@@ -127,7 +128,11 @@ def _without_logits(causal: Any, wish: _Wish, kwargs: dict[str, Any]) -> CausalL
     targets = _targets(kwargs["labels"], kwargs.get("shift_labels"), kwargs.get("ignore_index", -100))
     num_items = kwargs.get("num_items_in_batch") if wish.smoother is None else wish.num_items
     epsilon = 0.0 if wish.smoother is None else wish.smoother.epsilon
-    total = _total(head(causal), outputs.last_hidden_state.flatten(0, -2), targets, epsilon)
+
+    def total_of(hidden: Tensor) -> Tensor:
+        return _total(head(causal), hidden.flatten(0, -2), targets, epsilon)
+
+    total = _in_place_of(causal.get_output_embeddings(), total_of, outputs.last_hidden_state)
     count_of = (targets != -100).sum() if num_items is None else num_items
     return CausalLMOutputWithPast(
         loss=total / (count_of.to(total.device) if isinstance(count_of, Tensor) else count_of),
@@ -135,6 +140,18 @@ def _without_logits(causal: Any, wish: _Wish, kwargs: dict[str, Any]) -> CausalL
         hidden_states=outputs.hidden_states,
         attentions=outputs.attentions,
     )
+
+
+def _in_place_of(layer: Any, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """`function` of x, as the forward of `layer` if FSDP2 gathers the weights of this layer only for that."""
+    sharded: bool = isinstance(layer, FSDPModule)
+    if not sharded:
+        return function(x)
+    layer.forward = function
+    try:
+        return layer(x)
+    finally:
+        del layer.forward
 
 
 def _targets(labels: Tensor, shift_labels: Tensor | None, ignore_index: int) -> Tensor:

@@ -30,7 +30,7 @@ from posttrain.integrations.counting import count, say
 from posttrain.integrations.regroup import Regrouped, regroup
 from posttrain.integrations.self_check import Compared, compute_dtype, judge, wider
 from posttrain.models.attention import NAME
-from posttrain.models.disguise import Disguise, disguised, own
+from posttrain.models.disguise import Disguise, disguised, own, put_on
 from posttrain.models.families import Fused
 from posttrain.models.lora_layers import is_bitsandbytes
 from posttrain.models.packing import packed_output
@@ -61,8 +61,7 @@ def _watched(original: Any) -> type:
 def watch(body: Any) -> None:
     """Check the layers of a decoder at its first forward with our ops, until `unwatch`, and those of its copies."""
     if not isinstance(body, Watched):
-        original: Any = type(body)
-        body.__class__ = _watched(original)
+        put_on(body, _watched)
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 and _loaded(body):
         _at_first(body, (), {"input_ids": _made_up(body)})
 

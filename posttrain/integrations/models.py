@@ -14,7 +14,7 @@ from posttrain.integrations.self_check import forget_heads
 from posttrain.integrations.versions import installed
 from posttrain.models import ModelError, Report, prepare, restore
 from posttrain.models.causal_lm import causal_lm, decoder
-from posttrain.models.disguise import AttentionName, Disguise
+from posttrain.models.disguise import AttentionName, Disguise, own
 from posttrain.models.families import Fused
 from posttrain.models.prepare import is_prepared, restore_attention, restore_module
 
@@ -110,7 +110,7 @@ def _obstacle(model: Any) -> str | None:
         causal = causal_lm(model)
     except ModelError as problem:
         return str(problem)
-    name = type(causal).__name__
+    name = own(type(causal)).__name__
     if name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         return f"{name} is not one of transformers' causal language models"
     if any(parameter.is_meta for parameter in causal.parameters()):

@@ -10,6 +10,7 @@ method `__deepcopy__` the two differ, too, but PEFT's wrappers would take that o
 """
 
 import copy
+from collections.abc import Callable
 from typing import Any, SupportsIndex
 
 
@@ -83,8 +84,22 @@ def disguised(original: Any, ours: type[Disguise], **body: Any) -> type:
     return type(original.__name__, (ours, original), {**shown, **body})
 
 
+def put_on(module: Any, make: Callable[[Any], type]) -> None:
+    """Give `module` the class that `make` makes of the one it has, below that which FSDP2 gives what it shards."""
+    cls: Any = type(module)
+    if not _of_fsdp2(cls):
+        module.__class__ = make(cls)
+        return
+    first, second = cls.__bases__
+    module.__class__ = type(cls.__name__, (first, make(second)), {"__deepcopy__": vars(cls)["__deepcopy__"]})
+
+
 def own(cls: Any) -> Any:
-    """`cls` without the classes of ours that stand before it."""
-    while issubclass(cls.__bases__[0], Disguise):
+    """`cls` without the classes of ours, and of FSDP2, that stand before it."""
+    while issubclass(cls.__bases__[0], Disguise) or _of_fsdp2(cls):
         cls = cls.__bases__[1]
     return cls
+
+
+def _of_fsdp2(cls: type) -> bool:
+    return cls.__bases__[0].__name__ == "FSDPModule"

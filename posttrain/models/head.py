@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from posttrain.models.causal_lm import ModelError, causal_lm
+from posttrain.models.disguise import own
 from posttrain.models.lora_layers import adapted
 
 
@@ -52,7 +53,7 @@ def head(model: nn.Module) -> Head:
         raise ModelError(obstacle)
     config: Any = causal.config.get_text_config()
     layer, lora = _unwrap(causal.get_output_embeddings())
-    if type(layer) is not nn.Linear:
+    if own(type(layer)) is not nn.Linear:
         raise ModelError(
             f"the language head of {type(causal).__name__} is a {type(layer).__name__}, not a Linear layer"
         )

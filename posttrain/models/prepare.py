@@ -10,13 +10,13 @@ Copies keep our classes, pickles hold the original ones (disguise.py).
 import inspect
 from collections import Counter
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from torch import nn
 
 from posttrain.models.causal_lm import causal_lm
-from posttrain.models.disguise import AttentionName, Disguise, Mark, disguised, own
+from posttrain.models.disguise import AttentionName, Disguise, Mark, disguised, own, put_on
 from posttrain.models.families import (
     ACTIVATIONS,
     FAMILIES,
@@ -80,7 +80,7 @@ def prepare(model: nn.Module, *, attention: bool = True) -> Report:
         _replace_attention(causal, known, report)
     if not any(isinstance(module, Fused) and not isinstance(module, _ANYWHERE) for module in causal.modules()):
         report.kept["modules"] = f"{report.architecture} is not one of {', '.join(FAMILIES)}"
-    if not known:
+    if not known and causal.__dict__.get("_posttrain_head_obstacle", "") is not None:
         causal._posttrain_head_obstacle = obstacle_to_head(causal)
         if causal._posttrain_head_obstacle:
             report.kept["language head"] = causal._posttrain_head_obstacle
@@ -91,13 +91,12 @@ def replace_adapters(causal: Any, report: Report | None = None) -> None:
     """Give the LoRA layers and the 4-bit layers of bitsandbytes their replacements' classes."""
     kept: dict[str, list[str]] = {}
     for name, module in causal.named_modules():
-        original: Any = type(module)
         if isinstance(module, _ANYWHERE):
             pass
         elif is_lora(module):
-            module.__class__ = _fused(original, LoraLinear)
+            put_on(module, partial(_fused, replacement=LoraLinear))
         elif is_bitsandbytes(module):
-            module.__class__ = _fused(original, BitsandbytesLinear)
+            put_on(module, partial(_fused, replacement=BitsandbytesLinear))
         elif is_adapter(module):
             kept.setdefault(f"there is no op for a {type(module).__name__} of PEFT", []).append(name)
         if isinstance(module, _ANYWHERE) and isinstance(reason := adapted(module), str):
@@ -140,18 +139,18 @@ def _replace(module: Any, config: Any, report: Report) -> None:
     if name is None or isinstance(module, Fused):
         return
     family: Any = FAMILIES[name]
-    original: Any = type(module)
+    original = own(type(module))
     if original.__name__.endswith("RMSNorm"):
-        module.__class__ = _fused(original, family.norm)
+        put_on(module, partial(_fused, replacement=family.norm))
     elif original.__name__.endswith("MLP"):
         activation = getattr(config, "hidden_activation", None) or config.hidden_act
         if activation in ACTIVATIONS:
-            module.__class__ = _fused(original, family.mlp, activation)
+            put_on(module, partial(_fused, replacement=family.mlp, activation=activation))
         else:
             report.kept["mlp"] = f"there is no op for the activation {activation!r}"
     elif original.__name__.endswith("Attention"):
         if "apply_rotary_pos_emb" in _plain_forward(original).__code__.co_names:
-            module.__class__ = _fused(original, family.attention)
+            put_on(module, partial(_fused, replacement=family.attention))
         else:
             report.kept["rope"] = f"{original.__name__}.forward doesn't call apply_rotary_pos_emb"
     elif original.__name__.endswith("DecoderLayer"):
@@ -160,7 +159,7 @@ def _replace(module: Any, config: Any, report: Report) -> None:
         elif _family(norm := getattr(module, family.layer.norm)) != name:
             report.kept["residual + norm"] = f"{family.layer.norm} is a {type(norm).__name__}, which takes no residual"
         else:
-            module.__class__ = _fused(original, family.layer)
+            put_on(module, partial(_fused, replacement=family.layer))
 
 
 def _kinds(module: Any) -> list[str]:
@@ -216,7 +215,7 @@ def _replace_attention(causal: Any, known: bool, report: Report) -> None:
     from posttrain.models.attention import NAME
 
     before = causal.config._attn_implementation
-    obstacle = None if known else obstacle_to_packing(causal, NAME)
+    obstacle = None if known or isinstance(before, AttentionName) else obstacle_to_packing(causal, NAME)
     if obstacle:
         report.kept["attention"] = obstacle
         return

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from posttrain.models.causal_lm import ModelError, decoder
 from posttrain.models.head import head
@@ -46,6 +47,8 @@ def obstacle_to_head(causal: Any) -> str | None:
         parts = head(causal)
     except ModelError as problem:
         return str(problem)
+    if isinstance(parts.weight, DTensor):
+        return f"the language head of {type(causal).__name__} is divided among processes"
     with evaluating(causal):
         ids = _ids(causal)
         expected = causal(input_ids=ids[None], use_cache=False).logits[0]
