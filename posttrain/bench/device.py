@@ -5,6 +5,7 @@ second, and the rate of a large square matrix product, 2 n^3 operations. An op t
 operations takes at least max(b / copy, f / gemm) seconds; its share of the roofline is that over its time.
 """
 
+import ctypes
 import gc
 import os
 import platform
@@ -67,9 +68,11 @@ def _size(text: str) -> int:
 
 def free_bytes() -> int:
     """Memory that is free on the device, within the limits of control groups."""
+    gc.collect()
     if GPU:
-        gc.collect()
         torch.cuda.empty_cache()  # memory that PyTorch keeps is free as well
+    elif platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)  # and what the process keeps
     return free_memory(torch.device(DEVICE))
 
 

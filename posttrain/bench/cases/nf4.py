@@ -43,8 +43,8 @@ def _matrices(suite: Suite) -> list[tuple[int, int]]:
 
 
 def _need(n: int, k: int) -> float:
-    """The reference has four integers of 64 bits and four numbers for each weight."""
-    return n * k * (32.0 + 2 * DTYPE.itemsize + 4 * WIDER.itemsize)
+    """The reference has up to three integers of 64 bits for each weight, besides the numbers."""
+    return n * k * (24.0 + 2 * DTYPE.itemsize + 2 * WIDER.itemsize)
 
 
 def _bytes(n: int, k: int) -> float:
