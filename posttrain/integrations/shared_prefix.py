@@ -40,7 +40,7 @@ def shared_prefix(model: nn.Module) -> Iterator[None]:
         ValueError: a model without our attention (`ModelError`), which is left as it was; and from a forward inside,
             with what it was given: no tokens, a cache or a wish for one, embeddings in place of ids, hidden states of
             all layers, attention weights or a router's logits, tensors that would have to be regrouped too, padding
-            between tokens, torch.compile.
+            between tokens, NEFTune's noise, torch.compile.
     """
     causal, patched = causal_lm(model), False
     if not is_prepared(model):
@@ -118,7 +118,7 @@ def _regrouped(
     causal: Any, input_ids: Tensor | None, arguments: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Regrouped | str:
     """The forest of what a decoder is given, or why it should run as it is."""
-    obstacle = _no_attention(causal) or _not_alone(causal.config, input_ids, arguments, kwargs)
+    obstacle = _no_attention(causal) or _noisy(causal) or _not_alone(causal.config, input_ids, arguments, kwargs)
     if obstacle is not None:
         return obstacle
     assert input_ids is not None
@@ -128,6 +128,13 @@ def _regrouped(
 def _no_attention(causal: Any) -> str | None:
     found = causal.config._attn_implementation
     return None if found == _ATTENTION else f"the attention of {type(causal).__name__} is {found!r}, not ours"
+
+
+def _noisy(causal: Any) -> str | None:
+    embeddings = causal.get_input_embeddings()
+    if embeddings.training and getattr(embeddings, "neftune_noise_alpha", None):
+        return "NEFTune adds noise to every token, by the shape of the batch"
+    return None
 
 
 def _not_alone(config: Any, input_ids: Tensor | None, arguments: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:

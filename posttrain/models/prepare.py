@@ -76,6 +76,9 @@ def prepare(model: nn.Module, *, attention: bool = True) -> Report:
         _replace(module, text_config, report)
     replace_adapters(causal, report)
     report.replaced = dict(Counter(kind for module in causal.modules() for kind in _kinds(module)))
+    for module in causal.modules():
+        if isinstance(module, Fused) and _bypassed(module):
+            report.kept[module.kind] = f"another library has replaced the forward of each {type(module).__name__}"
     if attention:
         _replace_attention(causal, known, report)
     if not any(isinstance(module, Fused) and not isinstance(module, _ANYWHERE) for module in causal.modules()):
@@ -164,11 +167,19 @@ def _replace(module: Any, config: Any, report: Report) -> None:
 
 def _kinds(module: Any) -> list[str]:
     """What `module` counts as in the report."""
-    if not isinstance(module, Fused) or (isinstance(module, _ANYWHERE) and isinstance(adapted(module), str)):
+    if not isinstance(module, Fused) or _bypassed(module):
+        return []
+    if isinstance(module, _ANYWHERE) and isinstance(adapted(module), str):
         return []
     if isinstance(module, GatedMLP | RotaryAttention) and module.lora() is not None:
         return [module.kind, module.lora_kind]
     return [module.kind]
+
+
+def _bypassed(module: Any) -> bool:
+    """Whether `module` has a forward on itself, as Liger gives it, that isn't that of its class."""
+    forward = module.__dict__.get("_old_forward") or module.__dict__.get("forward")  # Accelerate's calls the first
+    return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
 
 
 def _first_of(names: list[str]) -> str:

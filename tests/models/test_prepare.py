@@ -150,6 +150,18 @@ def test_a_copy_is_prepared_too():
     torch.testing.assert_close(hidden_states(clone, batch), 2 * hidden_states(model, batch))
 
 
+def test_modules_whose_forward_another_library_has_replaced_are_named():
+    model = tiny("llama")
+    mlps = [layer.mlp for layer in model.model.layers]
+    mlps[0].forward = mlps[1].forward = lambda x: x
+    report = prepare(model)
+    assert "swiglu" not in report.replaced and report.replaced["rms_norm"] == 5
+    assert report.kept["swiglu"] == "another library has replaced the forward of each LlamaMLP"
+    for mlp in mlps:
+        del mlp.forward
+    assert prepare(model).replaced["swiglu"] == 2
+
+
 def test_a_pickle_holds_the_original():
     model = tiny("llama")
     prepare(model)
