@@ -14,7 +14,7 @@ from transformers import AttentionInterface
 from posttrain.models import head
 from posttrain.models.causal_lm import causal_lm, decoder
 from posttrain.models.lora_layers import hooked
-from posttrain.ops import backend_for, paged_attention, rope_cache, write_cache
+from posttrain.ops import paged_attention, rope_cache, write_cache
 from posttrain.rollout.burst import Burst
 from posttrain.rollout.cache import KVCache, LayerShape, StepLayout, lay_out
 from posttrain.rollout.decoder import CompiledDecoder, Unusual, odd_hooks
@@ -100,8 +100,7 @@ class PagedRunner:
         """Logits `[n, V]` of the tokens `rows`, or of all."""
         causal = causal_lm(self._model)
         with evaluating(causal), RowByRow():
-            turns = backend_for("rope_cache", self.cache.keys[0]) == "cuda"
-            hidden = _forward(causal, tokens, positions, cache=self.cache, step=layout, turns=turns)
+            hidden = _forward(causal, tokens, positions, cache=self.cache, step=layout, turns=True)
             return head(self._model).logits(hidden if rows is None else hidden[rows])
 
     def _graph(self, sequences: list[Sequence]) -> DecodeGraph | None:

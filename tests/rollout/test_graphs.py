@@ -88,7 +88,7 @@ def make(make_engine, monkeypatch):
     def make(capture, *arguments, **options):
         engine = make_engine(*arguments, **options)
         engine._runner.capture = capture
-        engine._ends |= frozenset(range(40, 60))
+        engine.end_tokens |= frozenset(range(40, 60))
         return engine
 
     return make
