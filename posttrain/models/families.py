@@ -120,7 +120,8 @@ class RotaryAttention(Fused):
     ) -> tuple[Tensor, Tensor | None]:
         """The attention of the states or, with `inner`, of its norm of them.
 
-        With `turns`, as when the engine runs the modules, q and k aren't rotated: the attention function does it, and gets the position embeddings, `angles`.
+        With `turns`, as when the engine runs the modules, q and k aren't rotated: the attention function does it, and
+        gets the position embeddings, `angles`.
         """
         if kwargs.pop("turns", False):
             kwargs |= {"angles": kwargs["position_embeddings"], "position_embeddings": (None, None)}
