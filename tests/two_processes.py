@@ -122,7 +122,7 @@ def fsdp2_of_accelerate():
 
 def tensor_parallel_model():
     folder = f"{sys.argv[1]}/model"
-    tiny("llama", num_key_value_heads=4).save_pretrained(folder)  # by the first process
+    tiny("llama", num_key_value_heads=4, vocab_size=98).save_pretrained(folder)  # by the first process
     dist.barrier()
 
     def loaded():

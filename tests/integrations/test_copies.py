@@ -41,7 +41,7 @@ def state(module):
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["", "gc.freeze"])
-@pytest.mark.parametrize("name", ["llama", "gemma2", "cohere"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "cohere"])
 def test_nothing_is_left_of_us(name, frozen):
     plain, model = tiny(name), tiny(name)
     attach(model)
