@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
+from transformers import GenerationMixin
 
 from posttrain.integrations.counting import count, say
 from posttrain.integrations.layer_check import looked_at
@@ -65,10 +66,13 @@ def by_engine(theirs: Callable[..., Any]) -> Callable[..., Any]:
 @contextmanager
 def _generating(causal: Any, tokenizer: Any) -> Iterator[None]:
     """`causal.generate` is ours."""
-    theirs = causal.generate
+    before, theirs = vars(causal).get("generate"), causal.generate
+    own = before is not None or type(causal).generate is not GenerationMixin.generate
 
     def generate(**inputs: Any) -> Any:
         try:
+            if own:
+                raise _Unfit("the model has a generate of its own")
             found = _generate(causal, tokenizer, **inputs)
         except _Unfit as reason:
             count(f"completions by transformers: {reason}")
@@ -81,7 +85,10 @@ def _generating(causal: Any, tokenizer: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        del causal.generate
+        if before is None:
+            del causal.generate
+        else:
+            causal.generate = before
 
 
 def _generate(
@@ -125,7 +132,8 @@ def _sampling(settings: Any) -> SamplingParams:
     """What the engine is to do for `settings`, in which nothing that has a default is None."""
     defaults = settings._get_default_generation_params()
     for name, value in settings.to_dict().items():
-        if name not in (*_FOLLOWED, *_IMMATERIAL) and value is not None and value != defaults.get(name, False):
+        unset = value is None or value is False or value == defaults.get(name)
+        if not unset and name not in (*_FOLLOWED, *_IMMATERIAL):
             raise _Unfit(f"{name} is {value!r}")
     for name in ("max_new_tokens", "pad_token_id"):
         if getattr(settings, name) is None:
@@ -160,6 +168,8 @@ def _draw(
     if longest > positions:
         raise _Unfit(f"completions may go beyond the model's {positions} positions")
     engine = Engine(causal, tokenizer, context_length=longest, max_sequences=len(prompts))
+    if engine.cache_tokens < longest:
+        raise _Unfit("there is no memory for the keys and values of a sequence")
     if engine.end_tokens != {*([] if ends is None else [ends] if isinstance(ends, int) else ends)}:
         raise _Unfit(f"eos_token_id is {ends!r}, and not {sorted(engine.end_tokens)} of model and tokenizer")
     counts = Counter(prompts)

@@ -99,6 +99,11 @@ class Engine:
         return KVCache(shapes, num_pages, self._page_size, weight.dtype, weight.device)
 
     @property
+    def cache_tokens(self) -> int:
+        """Most tokens whose keys and values there is room for."""
+        return self._pool.num_pages * self._page_size
+
+    @property
     def pages_held(self) -> int:
         """Pages that sequences hold: between calls, those of open sequences."""
         return self._pool.held
@@ -329,10 +334,10 @@ class Engine:
         """How many tokens may follow `length` tokens."""
         if self.context_length is not None and length > self.context_length:
             raise ValueError(f"{name} has {length} tokens, more than the {self.context_length} of the context")
-        pages = self._pool.num_pages * self._page_size
-        if length >= pages:
-            raise ValueError(f"{name} has {length} tokens, and the cache holds {pages}: give the engine more memory")
-        return min(self.context_length or pages, pages) - length
+        most = self.cache_tokens
+        if length >= most:
+            raise ValueError(f"{name} has {length} tokens, and the cache holds {most}: give the engine more memory")
+        return min(self.context_length or most, most) - length
 
     def _draws(self, branches: list[Branch], streaming: bool) -> Iterator[Branch]:
         """Generate; sequences whenever they drew tokens, with those that may have none first."""

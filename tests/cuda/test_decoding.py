@@ -33,7 +33,7 @@ def test_rope_and_cache_in_one_launch(name, tokenizer, device, monkeypatch) -> N
 
     monkeypatch.setattr("posttrain.rollout.paged.rope_cache", counted)
     results = []
-    for backend in ("cuda", "triton" if device == "cuda" else "cpu"):
+    for backend in ("cuda", "reference"):
         engine = Engine(model, tokenizer, memory=1 << 20, page_size=8)
         begin = engine._runner.begin
 
@@ -44,7 +44,7 @@ def test_rope_and_cache_in_one_launch(name, tokenizer, device, monkeypatch) -> N
         monkeypatch.setattr(engine._runner, "begin", begin_with_modules)
         with ops.use_backend(backend, "rope_cache"):
             results.append(engine.generate(PROMPTS, DRAWN))
-        assert bool(calls) == (backend == "cuda")
+        assert calls
         calls.clear()
         engine.release()
     for ours, theirs in zip(*(chain(*result) for result in results), strict=True):

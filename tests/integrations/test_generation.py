@@ -5,7 +5,7 @@ import torch
 import trl
 from peft import LoraConfig
 from tiny_models import tiny
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GenerationMixin
 
 import posttrain
 from posttrain.integrations import counters
@@ -109,6 +109,27 @@ def test_a_run_trains_on_what_the_engine_draws(model_dir, tmp_path, enabled):
     assert not torch.equal(trainer.model.get_input_embeddings().weight, before)
 
 
+def test_a_generate_of_the_scripts_own_is_called_and_stays(model_dir, tmp_path, enabled):
+    trainer = trainer_of("GRPO", model_dir, tmp_path)
+    theirs, calls = trainer.model.generate, []
+
+    def own(**inputs):
+        calls.append(len(inputs["input_ids"]))
+        return theirs(**inputs)
+
+    trainer.model.generate = own
+    completions(trainer)
+    assert calls == [4] and trainer.model.generate is own
+    assert counters()["completions by transformers: the model has a generate of its own"] == 1
+
+
+def test_without_memory_for_a_sequence_transformers_draws(model_dir, tmp_path, enabled, monkeypatch):
+    trainer = trainer_of("GRPO", model_dir, tmp_path)
+    monkeypatch.setattr("posttrain.rollout.engine.free_memory", lambda device: 1 << 12)
+    assert [len(one) for one in completions(trainer)] == [12] * 4
+    assert counters()["completions by transformers: there is no memory for the keys and values of a sequence"] == 1
+
+
 def test_mixed_precision_on_a_cpu(model_dir, tmp_path, enabled):
     trainer = trainer_of("GRPO", model_dir, tmp_path, bf16=True)
     assert [len(one) for one in completions(trainer)] == [12] * 4
@@ -130,8 +151,9 @@ def test_what_the_engine_cannot_follow_is_left_to_transformers(
     options, reason, model_dir, tmp_path, enabled, capsys, monkeypatch
 ):
     trainer = trainer_of("GRPO", model_dir, tmp_path, **options)
-    monkeypatch.setattr(trainer.generation_config, "max_time", 0.0)  # one token is enough
-    assert all(completions(trainer))
+    for name in ("_sample", "_beam_search"):  # as if done after a token
+        monkeypatch.setattr(GenerationMixin, name, lambda self, ids, **kwargs: torch.cat([ids, ids[:, -1:]], 1))
+    assert {len(one) for one in completions(trainer)} == {1}
     [counted] = [what for what in counters() if what.startswith("completions")]
     assert counted.startswith("completions by transformers") and reason in counted
     assert capsys.readouterr().out.count(reason) == 1
@@ -158,6 +180,7 @@ def test_settings_of_the_engine():
         ({"do_sample": True, "temperature": 1e-9}, "temperature must be 0, or finite"),
         ({"min_new_tokens": 4}, "min_new_tokens is 4"),
         ({"suppress_tokens": [3]}, r"suppress_tokens is \[3\]"),
+        ({"guidance_scale": 0.0}, "guidance_scale is 0.0"),
     ],
 )
 def test_settings_that_the_engine_has_not(given, reason):
@@ -165,14 +188,21 @@ def test_settings_that_the_engine_has_not(given, reason):
         _sampling(settings(**given))
 
 
+class FullyShardedDataParallel(torch.nn.Module):
+    """By its name."""
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
         (lambda model: setattr(model, "_tp_size", 2), "divided among processes"),
+        (lambda model: setattr(model.lm_head.weight, "ds_id", 1), "divided among processes"),
+        (lambda model: model.add_module("part", FullyShardedDataParallel()), "divided among processes"),
         (lambda model: model.lm_head.to("meta"), "several devices"),
+        (lambda model: setattr(model.to("meta"), "_original_forward", None), "mixed precision on meta"),
         (lambda model: model.set_attn_implementation("sdpa"), "attention is not ours"),
     ],
-    ids=["tensor parallelism", "devices", "attention"],
+    ids=["tensor parallelism", "ZeRO-3", "FSDP", "devices", "mixed precision", "attention"],
 )
 def test_models_that_the_engine_has_not(change, reason):
     model = tiny("llama")
