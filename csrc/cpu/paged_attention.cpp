@@ -94,7 +94,7 @@ struct PagedPanel {
   int64_t count_rows(int64_t begin, int64_t end) const { return count_queries(begin, end) * heads; }
 
   // Where the keys and values of a block lie, and the keys of the one after it, if that has any; and whether those of
-  // this one have been asked for.
+  // this one have been asked for: by the block before it, if lines are whole vectors.
   struct Block {
     const T *const *k, *const *v, *const *next;
     int64_t next_size;
@@ -123,7 +123,7 @@ struct PagedPanel {
       }
       find(f.k, slice.sequence, later, next);
       few(row, count, keys, masked, {k, v, next, later.end - later.begin, asked});
-      asked = true;
+      asked = line == f.width;
     }
   }
 
@@ -147,7 +147,7 @@ struct PagedPanel {
     multiply<T, true>(a, values, line, to, line, count, size, line);
   }
 
-  // The same, asking for the keys of the next block. Inlined, it would take the registers of its loop from it.
+  // The same, asking for the keys of the next block where lines are whole vectors. Inlined, it would take the registers of its loop from it.
   __attribute__((noinline)) void add_values(Scalars<T> a, const Block& b, int64_t h, int64_t row, int64_t count,
                                             int64_t size) {
     if (line != f.width) return add_values(a, b.v, h, row, count, size);
