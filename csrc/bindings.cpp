@@ -203,7 +203,7 @@ void write_cache(int itemsize, view k, view v, address key_cache, address value_
   const auto heads_of = [&](view x) {
     return posttrain::TokenHeads{at<char>(std::get<0>(x)), std::get<1>(x) * itemsize, std::get<2>(x) * itemsize};
   };
-  posttrain::check_slots(at<int64_t>(slots), tokens, room);
+  posttrain::check_slots("write_cache", at<int64_t>(slots), tokens, room);
   posttrain::write_cache(heads_of(k), heads_of(v), at<char>(key_cache), at<char>(value_cache), at<int64_t>(slots),
                          tokens, heads, width * itemsize);
 }
@@ -211,7 +211,7 @@ void write_cache(int itemsize, view k, view v, address key_cache, address value_
 // The shape is heads, key heads, width, and how much of it is turned.
 void rope_cache(int itemsize, view q, view k, view v, address cos, address sin, address slots, address out,
                 address key_cache, address value_cache, int64_t tokens, shape s, int64_t room) {
-  posttrain::check_slots(at<int64_t>(slots), tokens, room);
+  posttrain::check_slots("rope_cache", at<int64_t>(slots), tokens, room);
   by_size(itemsize, [=](auto t) {
     using T = decltype(t);
     const auto [heads, key_heads, width, rotated] = s;

@@ -71,11 +71,12 @@ PagedPlan paged_plan(const PagedTables& tables, int64_t page_size, int64_t group
   return plan;
 }
 
-void check_slots(const int64_t* slots, int64_t tokens, int64_t room) {
+void check_slots(const char* op, const int64_t* slots, int64_t tokens, int64_t room) {
   for (int64_t t = 0; t < tokens; ++t)
     if (slots[t] < 0 || slots[t] >= room)
-      throw std::invalid_argument("write_cache: slots[" + std::to_string(t) + "] is " + std::to_string(slots[t]) +
-                                  "; the cache has the slots 0 to " + std::to_string(room - 1));
+      throw std::invalid_argument(std::string(op) + ": slots[" + std::to_string(t) + "] is " +
+                                  std::to_string(slots[t]) + "; the cache has the slots 0 to " +
+                                  std::to_string(room - 1));
 }
 
 void write_cache(TokenHeads k, TokenHeads v, char* key_cache, char* value_cache, const int64_t* slots, int64_t tokens,

@@ -38,8 +38,8 @@ struct TokenHeads {
   int64_t token, head;
 };
 
-// Throws std::invalid_argument, with the numbers, unless all 0 <= slot < room.
-void check_slots(const int64_t* slots, int64_t tokens, int64_t room);
+// Throws std::invalid_argument, with the op's name and the numbers, unless all 0 <= slot < room.
+void check_slots(const char* op, const int64_t* slots, int64_t tokens, int64_t room);
 
 // Copies k and v into caches [slots, heads], contiguous, at slots[token].
 void write_cache(TokenHeads k, TokenHeads v, char* key_cache, char* value_cache, const int64_t* slots, int64_t tokens,

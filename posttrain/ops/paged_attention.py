@@ -92,7 +92,7 @@ def write_cache(k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tensor, sl
     Raises:
         ValueError: shapes, dtypes or devices that don't fit, with the numbers; on the CPU also slots out of range.
     """
-    check_write(k, v, key_cache, value_cache, slots)
+    check_write("write_cache", k, v, key_cache, value_cache, slots)
     _write_cache(k, v, key_cache, value_cache, slots)
 
 
@@ -148,29 +148,29 @@ def _check_devices(op: str, *tensors: Tensor) -> None:
         raise ValueError(f"{op}: the tensors are on several devices, {', '.join(sorted(map(str, devices)))}")
 
 
-def check_write(k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor) -> None:
-    """Raise what `write_cache` raises."""
+def check_write(op: str, k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor) -> None:
+    """Raise what `write_cache` raises, in the name of `op`."""
 
     def shapes() -> str:
         return f"k {list(k.shape)}, v {list(v.shape)}, caches {list(key_cache.shape)} and {list(value_cache.shape)}"
 
     if key_cache.ndim != 4 or key_cache.shape != value_cache.shape or k.shape != v.shape:
-        raise ValueError(f"write_cache: needs k and v [T, Hkv, D] and caches [P, page_size, Hkv, D]; got {shapes()}")
+        raise ValueError(f"{op}: needs k and v [T, Hkv, D] and caches [P, page_size, Hkv, D]; got {shapes()}")
     if k.ndim != 3 or k.shape[1:] != key_cache.shape[2:]:
         own = ", ".join(map(str, key_cache.shape[2:]))
-        raise ValueError(f"write_cache: k and v must be [T, {own}]; got {shapes()}")
-    _check_devices("write_cache", k, v, key_cache, value_cache, slots)
+        raise ValueError(f"{op}: k and v must be [T, {own}]; got {shapes()}")
+    _check_devices(op, k, v, key_cache, value_cache, slots)
     if not k.is_floating_point() or k.dtype != v.dtype or key_cache.dtype != value_cache.dtype:
         raise ValueError(
-            "write_cache: k and v, and the caches, must share a floating dtype, "
+            f"{op}: k and v, and the caches, must share a floating dtype, "
             f"got {k.dtype}, {v.dtype}, {key_cache.dtype}, {value_cache.dtype}"
         )
     if torch.is_grad_enabled() and any(x.requires_grad for x in (k, v, key_cache, value_cache)):
-        raise ValueError("write_cache: has no gradient; call it under torch.no_grad()")
+        raise ValueError(f"{op}: has no gradient; call it under torch.no_grad()")
     if slots.shape != k.shape[:1] or slots.dtype != torch.int64:
-        raise ValueError(f"write_cache: slots must be int64 [{len(k)}], got {slots.dtype} {list(slots.shape)}")
+        raise ValueError(f"{op}: slots must be int64 [{len(k)}], got {slots.dtype} {list(slots.shape)}")
     if not key_cache.is_contiguous() or not value_cache.is_contiguous():
-        raise ValueError(f"write_cache: the caches must be contiguous; got strides {key_cache.stride()}")
+        raise ValueError(f"{op}: the caches must be contiguous; got strides {key_cache.stride()}")
 
 
 def _forward(

@@ -45,42 +45,42 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1)
     Raises:
         ValueError: shapes, dtypes or devices that don't fit, with the numbers.
     """
-    check_rope(q, k, cos, sin, unsqueeze_dim)
+    check_rope("rope", q, k, cos, sin, unsqueeze_dim)
     backend = backend_for("rope", q)
     if backend == "reference":
         return reference.rope(q, k, cos.detach(), sin.detach(), unsqueeze_dim)
     return _rope(q, k, cos, sin, unsqueeze_dim - q.ndim, backend)
 
 
-def check_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int) -> None:
-    """Raise what `rope` raises."""
+def check_rope(op: str, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int) -> None:
+    """Raise what `rope` raises, in the name of `op`."""
     if q.ndim not in (3, 4) or not q.is_floating_point():
-        raise ValueError(f"rope: q must be floating with 3 or 4 dimensions, got {q.dtype} {list(q.shape)}")
+        raise ValueError(f"{op}: q must be floating with 3 or 4 dimensions, got {q.dtype} {list(q.shape)}")
     if not q.ndim - 3 <= unsqueeze_dim <= q.ndim - 2:
         raise ValueError(
-            f"rope: unsqueeze_dim is the heads' dimension, {q.ndim - 3} or {q.ndim - 2} for q {list(q.shape)}; "
+            f"{op}: unsqueeze_dim is the heads' dimension, {q.ndim - 3} or {q.ndim - 2} for q {list(q.shape)}; "
             f"got {unsqueeze_dim}"
         )
     heads_apart = [size for i, size in enumerate(q.shape) if i != unsqueeze_dim]
     if k.ndim != q.ndim or [size for i, size in enumerate(k.shape) if i != unsqueeze_dim] != heads_apart:
         raise ValueError(
-            f"rope: k must have the shape of q but for dimension {unsqueeze_dim}; "
+            f"{op}: k must have the shape of q but for dimension {unsqueeze_dim}; "
             f"got {list(k.shape)} for {list(q.shape)}"
         )
     if (k.dtype, k.device) != (q.dtype, q.device):
-        raise ValueError(f"rope: q is {q.dtype} on {q.device}, k {k.dtype} on {k.device}")
+        raise ValueError(f"{op}: q is {q.dtype} on {q.device}, k {k.dtype} on {k.device}")
     *batch, tokens, width = heads_apart
     if cos.shape != sin.shape or list(cos.shape[:-1]) not in ([*batch, tokens], [*([1] * len(batch)), tokens]):
         shape = ", ".join(map(str, [*batch, tokens, "R"]))
         raise ValueError(
-            f"rope: cos and sin must be [{shape}] for q {list(q.shape)} (the batch may be 1); "
+            f"{op}: cos and sin must be [{shape}] for q {list(q.shape)} (the batch may be 1); "
             f"got {list(cos.shape)} and {list(sin.shape)}"
         )
     if cos.shape[-1] % 2 or cos.shape[-1] > width:
-        raise ValueError(f"rope: the width of cos must be even and at most {width}, got {cos.shape[-1]}")
+        raise ValueError(f"{op}: the width of cos must be even and at most {width}, got {cos.shape[-1]}")
     if not (cos.is_floating_point() and cos.device == sin.device == q.device):
         raise ValueError(
-            f"rope: cos and sin must be floating on {q.device}; "
+            f"{op}: cos and sin must be floating on {q.device}; "
             f"got {cos.dtype} on {cos.device} and {sin.dtype} on {sin.device}"
         )
 

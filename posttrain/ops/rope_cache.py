@@ -38,8 +38,8 @@ def rope_cache(
         ValueError: shapes, dtypes or devices that don't fit, with the numbers; tensors that need a gradient; slots out
             of range on the CPU; with "cuda" also caches of another dtype than q.
     """
-    check_rope(q, k, cos, sin, 1)
-    check_write(k, v, key_cache, value_cache, slots)
+    check_rope("rope_cache", q, k, cos, sin, 1)
+    check_write("rope_cache", k, v, key_cache, value_cache, slots)
     if torch.is_grad_enabled() and (q.requires_grad or cos.requires_grad or sin.requires_grad):
         raise ValueError("rope_cache: has no gradient; call it under torch.no_grad()")
     case = "" if key_cache.dtype == q.dtype else "caches of another dtype"

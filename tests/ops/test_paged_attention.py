@@ -163,7 +163,7 @@ def test_write_cache(dtype):
 @pytest.mark.parametrize("slot", [-1, 24])
 def test_a_slot_out_of_range_changes_nothing(slot):
     cache = torch.zeros(3, 8, 2, 4)
-    with pytest.raises(ValueError, match=rf"slots\[1\] is {slot}; the cache has the slots 0 to 23"):
+    with pytest.raises(ValueError, match=rf"write_cache: slots\[1\] is {slot}; the cache has the slots 0 to 23"):
         write_cache(torch.ones(2, 2, 4), torch.ones(2, 2, 4), cache, cache.clone(), torch.tensor([0, slot]))
     assert not cache.any()
 
@@ -187,7 +187,7 @@ K, CACHE, SLOTS = torch.ones(2, 2, 4), torch.zeros(3, 8, 2, 4), torch.tensor([0,
     ],
 )
 def test_wrong_arguments_of_write_cache(arguments, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"write_cache: .*{message}"):
         write_cache(*arguments)
 
 

@@ -72,7 +72,7 @@ def test_opcheck_and_no_tokens() -> None:
     ],
 )
 def test_wrong_arguments(change, message) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"rope_cache: .*{message}"):
         ops.rope_cache(**step() | change)
 
 
