@@ -13,9 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from posttrain.bench.case import Arguments, Function, Problem, Unavailable, Way
 from posttrain.bench.device import DEVICE, GPU
-from posttrain.bench.peers import Makers, on_a_gpu
-
-__all__ = ["Makers"]
+from posttrain.bench.peers import on_a_gpu
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

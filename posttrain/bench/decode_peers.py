@@ -16,9 +16,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from posttrain.bench.case import Arguments, Function, Problem, Way
 from posttrain.bench.device import DEVICE, DTYPE, GPU
 from posttrain.bench.model import twin
-from posttrain.bench.peers import Makers, on_a_gpu
+from posttrain.bench.peers import on_a_gpu
 
-__all__ = ["Makers"]
 _WORKSPACE = 128 << 20  # bytes that FlashInfer wants to have
 
 

@@ -14,11 +14,8 @@ from torch.nn import functional
 
 from posttrain.bench.case import Arguments, Function, Problem, Way
 from posttrain.bench.device import DEVICE
-from posttrain.bench.peers import Makers
 from posttrain.ops import NF4Weight
 from posttrain.ops.nf4_weight import code_table
-
-__all__ = ["Makers"]
 
 
 def peft_linear(problem: Problem) -> Way:

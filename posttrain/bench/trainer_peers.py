@@ -13,9 +13,6 @@ from torch import Tensor
 from posttrain.bench.case import Function, Problem
 from posttrain.bench.device import DEVICE, GPU
 from posttrain.bench.model import twin
-from posttrain.bench.peers import Makers
-
-__all__ = ["Makers"]
 
 
 def compiled(problem: Problem) -> Function:

@@ -18,11 +18,11 @@ from posttrain.bench import attention_peers as peers
 from posttrain.bench.attention_peers import sdpa
 from posttrain.bench.case import BOTH, FORWARD, Case, Function, Problem, Work, randn
 from posttrain.bench.device import DEVICE, DTYPE, GPU, WIDER
-from posttrain.bench.peers import compiled
+from posttrain.bench.peers import Makers, compiled
 from posttrain.bench.shapes import Suite
 from posttrain.ops.layout import PackedLayout
 
-PEERS: peers.Makers = {
+PEERS: Makers = {
     "SDPA padded": peers.padded,
     "SDPA cuDNN": peers.cudnn,
     "FlexAttention": peers.flex,
@@ -44,7 +44,7 @@ def packed_attention(suite: Suite) -> list[Case]:
         f"{count} documents": (spread[:count].tolist(), [-1] * count),
         "8 completions of a prompt": ([tokens // 2] + [tokens // 16] * 8, [-1] + [0] * 8),
     }
-    named: peers.Makers = {"torch.compile": compiled, **PEERS}
+    named: Makers = {"torch.compile": compiled, **PEERS}
     for model in suite.models:
         for kind, (lengths, parents) in forests.items():
             title = f"{kind}, {sum(lengths)} tokens, {model.heads}/{model.key_heads} heads of {model.width}"

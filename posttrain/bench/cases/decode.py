@@ -16,20 +16,20 @@ from posttrain.bench import decode_peers as peers
 from posttrain.bench.case import FORWARD, Arguments, Case, Problem, Work, randn
 from posttrain.bench.cases.elementwise import turned
 from posttrain.bench.device import DEVICE, DTYPE, WIDER
-from posttrain.bench.peers import compiled
+from posttrain.bench.peers import Makers, compiled
 from posttrain.bench.shapes import ModelShape, Suite
 
 _PAGE = 16
 _FILTERS = {"no filter": (0, 1.0), "top-p 0.9": (0, 0.9), "top-k 20, top-p 0.95": (20, 0.95)}
 _ROWS = 32
-ATTENTION_PEERS: peers.Makers = {
+ATTENTION_PEERS: Makers = {
     "SDPA, gathering": peers.sdpa_gathering,
     "FlexAttention": peers.flex_paged,
     "flash-attn 2": peers.flash2_decode,
     "flash-attn 3": peers.flash3_decode,
     "FlashInfer": peers.flashinfer_decode,
 }
-SAMPLE_PEERS: peers.Makers = {
+SAMPLE_PEERS: Makers = {
     "torch.compile": compiled,
     "transformers": peers.warpers_of_transformers,
     "exponential race": peers.race,
@@ -39,7 +39,7 @@ SAMPLE_PEERS: peers.Makers = {
 
 def rope_cache(suite: Suite) -> list[Case]:
     """A token of each of 32 sequences, over the heads of the models."""
-    named: peers.Makers = {
+    named: Makers = {
         "torch.compile": compiled,
         "vLLM": peers.vllm_rope_cache,
         "FlashInfer": peers.flashinfer_rope_cache,

@@ -17,7 +17,7 @@ from posttrain import ops
 from posttrain.bench import lora_peers as peers
 from posttrain.bench.case import BOTH, FORWARD, Case, Function, Problem, Work, randn
 from posttrain.bench.device import DTYPE, WIDER
-from posttrain.bench.peers import compiled
+from posttrain.bench.peers import Makers, compiled
 from posttrain.bench.shapes import ModelShape, Suite
 from posttrain.ops import LoraLayer
 
@@ -66,7 +66,7 @@ def lora_mlp(suite: Suite) -> list[Case]:
     return _cases(suite, "lora_mlp", group, {"PEFT": peers.peft_mlp, "Unsloth": peers.unsloth_mlp})
 
 
-def _cases(suite: Suite, op: str, group_of: Callable[[ModelShape], Group], named: peers.Makers) -> list[Case]:
+def _cases(suite: Suite, op: str, group_of: Callable[[ModelShape], Group], named: Makers) -> list[Case]:
     cases = {}
     for model in suite.models:
         group = group_of(model)

@@ -9,6 +9,7 @@ from posttrain import ops
 from posttrain.bench import lora_peers as peers
 from posttrain.bench.case import BOTH, FORWARD, Case, Problem, Work, randn
 from posttrain.bench.device import DTYPE, WIDER
+from posttrain.bench.peers import Makers
 from posttrain.bench.shapes import Suite
 from posttrain.ops import NF4Weight, reference
 
@@ -52,7 +53,7 @@ def _bytes(n: int, k: int) -> float:
     return n * k * (0.5 + 4 / 64)
 
 
-def _peers(product: bool) -> peers.Makers:
+def _peers(product: bool) -> Makers:
     if product:
         return {"torch.compile": peers.compiled_nf4_linear, "bitsandbytes": peers.bitsandbytes_linear}
     return {"torch.compile": peers.compiled_dequantize, "bitsandbytes": peers.bitsandbytes_dequantize}

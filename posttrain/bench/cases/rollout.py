@@ -16,10 +16,11 @@ from posttrain.bench import decode_peers as peers
 from posttrain.bench.case import Arguments, Case, Problem, Work
 from posttrain.bench.device import DEVICE, DTYPE, WIDER
 from posttrain.bench.model import make_models
+from posttrain.bench.peers import Makers
 from posttrain.bench.shapes import ModelShape, Suite
 
 GENERATE = "generate"
-PEERS: peers.Makers = {"continuous batching": peers.continuous_batching}
+PEERS: Makers = {"continuous batching": peers.continuous_batching}
 
 
 class _NoWords:

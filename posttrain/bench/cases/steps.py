@@ -23,6 +23,7 @@ from posttrain.bench import trainer_peers as peers
 from posttrain.bench.case import Case, Problem, Work
 from posttrain.bench.device import DEVICE, DTYPE, GPU, WIDER
 from posttrain.bench.model import make_models
+from posttrain.bench.peers import Makers
 from posttrain.bench.shapes import ModelShape, Suite
 
 STEP = "step"
@@ -89,7 +90,7 @@ def _grpo(logprobs: Logprobs, sequence: Tensor) -> Tensor:
 
 def _cases(suite: Suite, op: str, title: str, texts: Texts, each: int, loss: Loss) -> list[Case]:
     longest = max(texts.prompts) + max(texts.answers)
-    named: peers.Makers = {"torch.compile": peers.compiled, "TRL": peers.trl}
+    named: Makers = {"torch.compile": peers.compiled, "TRL": peers.trl}
     if op == "sft":
         named = {**named, "TRL padding-free": peers.trl_padding_free}
     cases = []
