@@ -44,7 +44,7 @@ fi
 
 # The installed package, not the folder beside this script: tests and benchmarks start from elsewhere.
 [ -d build/gpu/posttrain ] || { echo "bench/gpu.sh: nothing in build/gpu; run bench/gpu.sh build first" >&2; exit 2; }
-export PYTHONPATH="$root/build/gpu" OUT="${OUT:-$root/bench/results}"
+export PYTHONPATH="$root/build/gpu" OUT="${OUT:-$root/bench/results}" POSTTRAIN_CHECKOUT="$root"  # whose commit it is
 cd build
 pytest=("$python" -m pytest -c "$root/pyproject.toml" --rootdir "$root" -p no:cacheprovider)
 

@@ -3,8 +3,9 @@
     bench/results/<device>/<date>-<commit>-<suite>.json    a run of `posttrain bench`, in pytest-benchmark's format
     bench/results/<device>/<name>.json                     a comparison of `make bench` with targets of its own
 
-with $OUT, if set, instead of bench/results of the checkout that this file lies in; and bench/results of the current
-folder where there is no checkout that can be written to.
+with $OUT, if set, instead of bench/results of the checkout; and bench/results of the current folder where there is no
+checkout that can be written to. The checkout is $POSTTRAIN_CHECKOUT, which bench/gpu.sh sets since it builds into a
+folder of its own, or else the folder that this package lies in.
 """
 
 import json
@@ -25,7 +26,6 @@ import torch
 from posttrain import _C, __version__
 from posttrain.bench.device import GPU, device_name, driver
 
-_ROOT = Path(__file__).parents[2]
 _PACKAGES = (
     "posttrain",
     "torch",
@@ -43,6 +43,16 @@ _PACKAGES = (
     "flashinfer-python",
     "vllm",
 )
+
+
+def busy() -> float | None:
+    """Share of the cores that processes wanted during the last minute, this one among them; None if unknown."""
+    if not hasattr(os, "getloadavg"):
+        return None
+    return round(os.getloadavg()[0] / (os.cpu_count() or 1), 2)
+
+
+LOAD = busy()  # when this was imported, so before anything was measured: what others wanted
 
 
 def record(name: str, result: dict[str, Any]) -> Path:
@@ -69,15 +79,15 @@ def results_folder() -> Path:
     """Where the results of all devices lie."""
     if os.environ.get("OUT"):
         return Path(os.environ["OUT"])
-    ours = _ROOT / "bench" / "results"
+    ours = _checkout() / "bench" / "results"
     return ours if os.access(ours, os.W_OK) else Path("bench/results")
 
 
-def earlier_runs(suite: str) -> list[Path]:
-    """Runs of this suite on this device, oldest first: of those that are committed, if we are in a checkout."""
-    folder = device_folder()
-    tracked = _git("ls-files", str(folder.resolve()))
-    files = [_ROOT / name for name in tracked.splitlines()] if tracked else list(folder.glob("*.json"))
+def earlier_runs(suite: str, out: str | None = None) -> list[Path]:
+    """Runs of this suite on this device, oldest first: those that are committed or, if none are, those in `out`."""
+    tracked = _git("ls-files", str(device_folder().resolve()))
+    committed = [_checkout() / name for name in tracked.splitlines()] if tracked else []
+    files = committed or device_folder(out).glob("*.json")
     return runs_of([path for path in files if path.exists()], suite)
 
 
@@ -100,16 +110,9 @@ def circumstances() -> dict[str, Any]:
         "cuda": torch.version.cuda if GPU else None,
         "isa": _C.isa(),
         "threads": torch.get_num_threads(),
-        "load": busy(),
+        "load": LOAD,
         "versions": versions,
     }
-
-
-def busy() -> float | None:
-    """Share of the cores that processes wanted during the last minute, this one among them; None if unknown."""
-    if not hasattr(os, "getloadavg"):
-        return None
-    return round(os.getloadavg()[0] / (os.cpu_count() or 1), 2)
 
 
 def _versions() -> dict[str, str]:
@@ -122,9 +125,14 @@ def _versions() -> dict[str, str]:
     return found
 
 
+def _checkout() -> Path:
+    return Path(os.environ.get("POSTTRAIN_CHECKOUT") or Path(__file__).parents[2])
+
+
 def _git(*arguments: str) -> str | None:
     """Output of a git command in our checkout, or None without a checkout or without git."""
-    if not (_ROOT / ".git").exists() or shutil.which("git") is None:
+    root = _checkout()
+    if not (root / ".git").exists() or shutil.which("git") is None:
         return None
-    done = subprocess.run(["git", *arguments], cwd=_ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)
     return done.stdout.strip() if done.returncode == 0 else None

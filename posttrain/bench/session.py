@@ -17,7 +17,7 @@ from posttrain.bench.cases import cases_of
 from posttrain.bench.compare import compare
 from posttrain.bench.device import GPU, Roofline, measure_roofline
 from posttrain.bench.measure import OURS, PLAIN, NotMeasured, Table, measure
-from posttrain.bench.record import busy, circumstances, earlier_runs, run_file
+from posttrain.bench.record import LOAD, circumstances, earlier_runs, run_file
 from posttrain.bench.results import ResultError, merged, read
 from posttrain.bench.shapes import SUITES
 
@@ -106,9 +106,8 @@ class Session:
     def _measured(self, case: Case) -> dict[str, Table] | NotMeasured:
         """A case's tables, or why there are none."""
         if self._roofline is None:
-            load = busy()
-            if not GPU and load is not None and load > _BUSY:
-                self._lines.append(f"other processes want {load:.1f} times the cores there are: expect noise")
+            if not GPU and LOAD is not None and LOAD > _BUSY:
+                self._lines.append(f"other processes want {LOAD:.1f} times the cores there are: expect noise")
             self._roofline = measure_roofline()
             copy, gemm = self._roofline
             self._lines += [f"roofline of this device: {gemm / 1e12:.3g} TFLOP/s, {copy / 1e9:.3g} GB/s", _HEAD]
@@ -180,7 +179,7 @@ class Session:
         if not benchmarks.json and any(_is_ours(item.nodeid) for item in session.items):
             self.path = run_file(self.selection.suite, self.selection.out)
             benchmarks.json = str(self.path)
-            self._before = earlier_runs(self.selection.suite)
+            self._before = earlier_runs(self.selection.suite, self.selection.out)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_benchmark_generate_machine_info(self) -> dict[str, Any]:

@@ -2,10 +2,13 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -127,11 +130,68 @@ def test_a_folder_whose_name_is_too_long_is_one_line(tmp_path, capsys):
 
 def test_results_go_into_the_current_folder_where_the_checkout_is_not_writable(monkeypatch, tmp_path):
     monkeypatch.delenv("OUT", raising=False)
-    monkeypatch.setattr(record, "_ROOT", tmp_path)
+    monkeypatch.setenv("POSTTRAIN_CHECKOUT", str(tmp_path))
     assert str(record.results_folder()) == "bench/results"
     (tmp_path / "bench" / "results").mkdir(parents=True)
     assert record.results_folder() == tmp_path / "bench" / "results"
     assert record.circumstances()["commit"] is None
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_a_package_that_lies_elsewhere_knows_the_commit_of_its_checkout(monkeypatch, tmp_path):
+    """As bench/gpu.sh has it, which builds into a folder of its own."""
+    names = {f"GIT_{who}_{what}": "a@b" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+    git = partial(subprocess.run, cwd=tmp_path, env={**os.environ, **names}, check=True, capture_output=True, text=True)
+    monkeypatch.setenv("POSTTRAIN_CHECKOUT", str(tmp_path))
+    monkeypatch.delenv("OUT", raising=False)
+    (tmp_path / "bench" / "results").mkdir(parents=True)
+    run = record.device_folder() / "2026-01-01T00-00-00-abc-quick.json"
+    run.parent.mkdir()
+    run.write_text("{}")
+    git(["git", "init", "-q"])
+    git(["git", "add", "."])
+    git(["git", "commit", "-qm", "results"])
+    commit = git(["git", "rev-parse", "HEAD"]).stdout.strip()
+    found = record.circumstances()
+    assert (found["commit"], found["changed"]) == (commit, False)
+    assert f"-{commit[:9]}-quick.json" in record.run_file("quick").name
+    assert record.earlier_runs("quick", str(tmp_path / "out")) == [run]
+    run.write_text("{ }")
+    assert record.circumstances()["changed"]
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_a_run_on_a_gpu_names_its_checkout(tmp_path):
+    """bench/gpu.sh with a python that has a GPU and says how it is called."""
+    for folder in ("bench", "bin", "build/gpu/posttrain"):
+        (tmp_path / folder).mkdir(parents=True)
+    script = shutil.copy(Path(__file__).parents[2] / "bench" / "gpu.sh", tmp_path / "bench")
+    python = tmp_path / "bin" / "python3"
+    python.write_text('#!/bin/sh\n[ "$1" = -c ] && echo 90 H100 || echo "$POSTTRAIN_CHECKOUT $*"\n')
+    python.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{python.parent}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", script, "bench", "rope"], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == f"{tmp_path} -m posttrain.cli bench --suite full --peers rope"
+
+
+def test_a_folder_of_results_is_compared_where_there_is_no_git(monkeypatch, tmp_path):
+    monkeypatch.setenv("POSTTRAIN_CHECKOUT", str(tmp_path))
+    monkeypatch.delenv("OUT", raising=False)
+    names = ("2026-01-02T00-00-00-abc-quick.json", "2026-01-01T00-00-00-abc-quick.json", "rope.json")
+    folder = record.device_folder(str(tmp_path / "out"))
+    folder.mkdir(parents=True)
+    for name in names:
+        (folder / name).write_text("{}")
+    assert record.earlier_runs("quick", str(tmp_path / "out")) == [folder / names[1], folder / names[0]]
+    assert record.earlier_runs("full", str(tmp_path / "out")) == []
+
+
+@pytest.mark.skipif(record.LOAD is None, reason="the system tells no load")
+def test_the_load_is_that_from_before_the_run(monkeypatch):
+    monkeypatch.setattr(os, "getloadavg", lambda: (1e6, 1e6, 1e6))
+    assert record.circumstances()["load"] == record.LOAD < 1e3
 
 
 def test_share_of_the_roofline_is_that_of_the_slower_part():
