@@ -29,9 +29,8 @@ from posttrain.integrations.counting import count, say
 from posttrain.integrations.self_check import check_head, compute_dtype
 from posttrain.integrations.trl_logprob import head_obstacle, mean_of_logits
 from posttrain.models.causal_lm import ModelError, decoder
-from posttrain.models.disguise import Disguise, disguised, put_on
+from posttrain.models.disguise import Disguise, disguised, put_on, take_off
 from posttrain.models.head import Head, head
-from posttrain.models.prepare import without
 from posttrain.ops import linear_logprob
 
 _WISH = "_posttrain_loss_only"
@@ -61,7 +60,7 @@ def replace_loss(causal: Any) -> None:
 def restore_loss(causal: Any) -> None:
     """Undo `replace_loss`."""
     if isinstance(causal, LossOnly):
-        causal.__class__ = without(type(causal), LossOnly)
+        take_off(causal, LossOnly)
 
 
 @contextmanager

@@ -30,11 +30,10 @@ from posttrain.integrations.counting import count, say
 from posttrain.integrations.regroup import Regrouped, regroup
 from posttrain.integrations.self_check import Compared, compute_dtype, judge, wider
 from posttrain.models.attention import NAME
-from posttrain.models.disguise import Disguise, disguised, own, put_on
+from posttrain.models.disguise import Disguise, disguised, own, put_on, take_off
 from posttrain.models.families import Fused
 from posttrain.models.lora_layers import is_bitsandbytes
 from posttrain.models.packing import packed_output
-from posttrain.models.prepare import without
 from posttrain.models.quantized import NF4Linear
 from posttrain.models.trial import evaluating
 
@@ -69,7 +68,7 @@ def watch(body: Any) -> None:
 def unwatch(body: Any) -> None:
     """Undo `watch`."""
     if isinstance(body, Watched):
-        body.__class__ = without(type(body), Watched)
+        take_off(body, Watched)
     _checked.pop(body, None)
 
 

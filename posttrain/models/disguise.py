@@ -11,6 +11,7 @@ method `__deepcopy__` the two differ, too, but PEFT's wrappers would take that o
 
 import copy
 from collections.abc import Callable
+from types import MethodType
 from typing import Any, SupportsIndex
 
 
@@ -92,6 +93,33 @@ def put_on(module: Any, make: Callable[[Any], type]) -> None:
         return
     first, second = cls.__bases__
     module.__class__ = type(cls.__name__, (first, make(second)), {"__deepcopy__": vars(cls)["__deepcopy__"]})
+
+
+def take_off(module: Any, ours: type[Disguise]) -> None:
+    """Undo `put_on` of a class derived from `ours`, also in the bound methods that Accelerate keeps in a module.
+
+    Its hooks (`dispatch_model`) call `_old_forward`, which their own `forward` wraps; its mixed precision keeps
+    `_original_forward`.
+    """
+    worn = type(module).forward
+    module.__class__ = _without(type(module), ours)
+    kept = module.__dict__
+    for held in (kept, getattr(kept.get("forward"), "__dict__", {})):
+        for name in ("_old_forward", "_original_forward", "forward", "__wrapped__"):
+            bound: Any = held.get(name)
+            if getattr(bound, "__func__", None) is worn:
+                held[name] = MethodType(type(module).forward, bound.__self__)
+
+
+def _without(cls: Any, ours: type[Disguise]) -> Any:
+    """`cls` without the class, derived from `ours`, that stands before the original among its bases.
+
+    FSDP2 gives a module that it shards a class (FSDPModule, what it was), which can't be copied; ours is in the second.
+    """
+    first, second = cls.__bases__[:2]
+    if issubclass(first, ours):
+        return second
+    return type(cls.__name__, (first, _without(second, ours)), {"__deepcopy__": vars(cls)["__deepcopy__"]})
 
 
 def own(cls: Any) -> Any:

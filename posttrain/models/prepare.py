@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from posttrain.models.causal_lm import causal_lm
-from posttrain.models.disguise import AttentionName, Disguise, Mark, disguised, own, put_on
+from posttrain.models.disguise import AttentionName, Mark, disguised, own, put_on, take_off
 from posttrain.models.families import (
     ACTIVATIONS,
     FAMILIES,
@@ -124,7 +124,7 @@ def restore(model: nn.Module) -> None:
 def restore_module(module: Any) -> None:
     """Give `module` alone its own class back, without the attention in its configuration."""
     if isinstance(module, Fused):
-        module.__class__ = without(type(module), Fused)
+        take_off(module, Fused)
     for mark in [name for name in module.__dict__ if name.startswith("_posttrain")]:
         del module.__dict__[mark]
 
@@ -205,17 +205,6 @@ def _fused(original: Any, replacement: Any, activation: str | None = None) -> ty
     if issubclass(replacement, RotaryAttention):
         body["own"] = staticmethod(with_rope(_plain_forward(original)))
     return disguised(original, replacement, **body)
-
-
-def without(cls: Any, mixin: type[Disguise]) -> Any:
-    """`cls` without the class, derived from `mixin`, that stands before the original among its bases.
-
-    FSDP2 gives a module that it shards a class (FSDPModule, what it was), which can't be copied; ours is in the second.
-    """
-    first, second = cls.__bases__[:2]
-    if issubclass(first, mixin):
-        return second
-    return type(cls.__name__, (first, without(second, mixin)), {"__deepcopy__": vars(cls)["__deepcopy__"]})
 
 
 def _plain_forward(cls: type) -> Any:

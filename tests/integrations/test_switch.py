@@ -298,6 +298,55 @@ def test_transformers_own_trainer_that_exists(use, tmp_path):
     assert not is_prepared(model)
 
 
+def forwards(module):
+    """The functions of the bound methods that Accelerate keeps in a module, and in what it calls in their place."""
+    held = (module.__dict__, getattr(module.__dict__.get("forward"), "__dict__", {}))
+    return [each.__func__ for part in held for each in part.values() if hasattr(each, "__func__")]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("by", ["enable", "patch"])
+def test_what_accelerate_dispatched_gets_its_own_forwards_back(model_dir, by):
+    from accelerate import dispatch_model
+    from accelerate.hooks import remove_hook_from_module
+
+    ids = torch.arange(3, 23)[None]
+    expected = AutoModelForCausalLM.from_pretrained(model_dir, dtype="float32")(ids).logits
+    if by == "enable":
+        posttrain.enable()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(model_dir, dtype="float32")
+        if by == "patch":
+            posttrain.patch(model)
+        dispatch_model(model, {"": "cpu"}, force_hooks=True)
+        torch.testing.assert_close(model(ids).logits, expected)
+        noted = sum(len(forwards(module)) for module in model.modules())
+    finally:
+        posttrain.unpatch(model) if by == "patch" else posttrain.disable()
+    assert torch.equal(model(ids).logits, expected)
+    kept = [(module, forward) for module in model.modules() for forward in forwards(module)]
+    assert len(kept) == noted > 0 and all(forward is type(module).forward for module, forward in kept)
+    remove_hook_from_module(model, recurse=True)
+    assert torch.equal(model(ids).logits, expected)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_accelerate_noted_for_mixed_precision_is_the_models_own(tmp_path):
+    model = tiny("llama")
+    own = type(model).forward
+    args = TrainingArguments(output_dir=str(tmp_path), **{**COMMON, "max_steps": 1, "bf16": True})
+    rows = [{"input_ids": list(range(3, 23)), "labels": list(range(3, 23))}] * 4
+    posttrain.enable()
+    try:
+        trainer = Trainer(model=model, args=args, train_dataset=rows)
+        trainer.train()
+        assert vars(model)["_original_forward"].__func__ is not own
+    finally:
+        posttrain.disable()
+    assert vars(model)["_original_forward"].__func__ is own
+    trainer.train()
+
+
 def test_parts_of_sequences_are_refused():
     from accelerate import Accelerator, ParallelismConfig
 
