@@ -135,10 +135,10 @@ def _report(folders: list[str], out: str | None, readme: str | None) -> int:
     folder = Path(folders[0]) if folders else results_folder()
     path = Path(out) if out else folder / "report.html"
     try:
-        found = write_report(folder, path)
         if readme:
             changed = rewrite(Path(readme), folder)
             print(f"{readme}: {changed} tables changed")
+        found = write_report(folder, path)
     except ResultError as error:
         raise ConfigError(str(error)) from error
     print(f"{len(found)} devices -> {path}")

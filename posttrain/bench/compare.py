@@ -66,8 +66,8 @@ def compare(before: Run, after: Run) -> Changes:
     ours = [key for key in before.figures if key.column == OURS]
     both = [key for key in ours if key in after.figures]
     failed, lost, not_run = _missing(before, after)
-    if not both and not failed:
-        raise ResultError(f"{before.path} and {after.path} have no figure in common")
+    if not both and not failed and not lost:
+        raise ResultError(_nothing_in_common(before, after))
     changes = [change for key in both for change in _changes(key, before, after)]
     return Changes(
         sorted((c for c in changes if c.factor < 1), key=lambda c: c.factor),
@@ -77,6 +77,13 @@ def compare(before: Run, after: Run) -> Changes:
         lost,
         not_run,
     )
+
+
+def _nothing_in_common(before: Run, after: Run) -> str:
+    suites = [run.machine.get("suite") for run in (before, after)]
+    if all(suites) and suites[0] != suites[1]:
+        return f"{before.path} is of the suite {suites[0]}, {after.path} of {suites[1]}: no figure in common"
+    return f"{before.path} and {after.path} have no figure in common"
 
 
 def _missing(before: Run, after: Run) -> tuple[dict[str, str], dict[Key, str | None], list[str]]:

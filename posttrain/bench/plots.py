@@ -65,7 +65,7 @@ def _strip(run: Run, title: str, value: Value, mark: float | None, names: tuple[
         points = []
         for key, figure in run.figures.items():
             known = value(figure, run.extra[key])
-            if known and (key.column == name or (name == "peers" and key.column not in (OURS, PLAIN))):
+            if known and (key.column == name or (name == "peers" and key.is_peer)):
                 points.append((known, place[key.op] + up, f"{key}: {short(known)}"))
         if points or number == 0:
             series.append(_dots(name, points, colour))

@@ -281,7 +281,10 @@ TABLES: dict[str, Callable[[Results], Rows]] = {
 
 def rewrite(document: Path, folder: Path) -> int:
     """Fill the marks of `document` from the results in `folder`; returns how many tables changed."""
-    before = document.read_text(encoding="utf-8")
+    try:
+        before = document.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ResultError(f"{document}: not readable as text in UTF-8: {error}") from error
     try:
         after = filled(before, folder)
     except ResultError as error:

@@ -69,10 +69,10 @@ def html(found: Sequence[Device]) -> str:
     """The page."""
     intro = (
         "<p>Medians of rounds in which all functions took turns, in one process, after each had agreed with the "
-        "truth. Speed is in times of plain PyTorch's; the share of the roofline is the least time that the work takes "
-        "at the rates of a copy and of a matrix product measured in the same run, over the median; error is the "
-        "largest difference from the truth over the largest true value; MB is the peak memory of a call beyond its "
-        "arguments.</p>"
+        "truth; all columns of a pass of a case are of the newest run that has it. Speed is in times of plain "
+        "PyTorch's; the share of the roofline is the least time that the work takes at the rates of a copy and of a "
+        "matrix product, the best that these runs measured, over the median; error is the largest difference from the "
+        "truth over the largest true value; MB is the peak memory of a call beyond its arguments.</p>"
     )
     links = " · ".join(f'<a href="#device{i}">{escape(device.name)}</a>' for i, device in enumerate(found))
     return page("posttrain bench", f"{intro}<p>{links}</p>" + "".join(map(_device, range(len(found)), found)))
@@ -82,17 +82,17 @@ def _device(index: int, device: Device) -> str:
     parts = [f'<h2 id="device{index}">{escape(device.name)}</h2>']
     for suite in device.suites():
         run = device.merged(suite)
-        parts += [f"<h3>Suite {escape(suite)}</h3>", _circumstances(device.of(suite))]
+        parts += [f"<h3>Suite {escape(suite)}</h3>", _circumstances(device.of(suite), run)]
         parts += [charts(scaling_plots(run))] if suite == SCALING_SUITE else [_suite(run)]
         parts += [_op(op, run) for op in dict.fromkeys(key.op for key in run.figures)]
-        parts.append(_left_out(run.machine.get("left_out", [])))
+        parts.append(_left_out(run))
     if device.comparisons:
         parts += ["<h3>Comparisons of make bench</h3>", _comparisons(device.comparisons)]
     return "".join(parts)
 
 
-def _circumstances(runs: Sequence[Run]) -> str:
-    """Of the newest run, and which others there are."""
+def _circumstances(runs: Sequence[Run], together: Run) -> str:
+    """Of the newest run, which others there are, and the roofline of all together."""
     machine = runs[-1].machine
     versions = machine.get("versions", {})
     facts = [f"{name} {machine[name]}" for name in ("driver", "cuda", "isa") if machine.get(name)]
@@ -101,7 +101,7 @@ def _circumstances(runs: Sequence[Run]) -> str:
     facts.append(date(runs[-1]))
     if machine.get("load") is not None:
         facts.append(f"load of {machine['load']:.2f} of the cores")
-    if roofline := machine.get("roofline"):
+    if roofline := together.machine.get("roofline"):
         facts.append(f"roofline {roofline['gemm'] / 1e12:.3g} TFLOP/s, {roofline['copy'] / 1e9:.3g} GB/s")
     if len(runs) > 1:
         others = ", ".join(f"{date(run)} {_commit(run)}".strip() for run in runs[:-1])
@@ -126,7 +126,7 @@ def overview(run: Run) -> tuple[list[str], list[list[str]]]:
     """Columns, and a row for each op and pass: medians over the shapes, with the least and the most."""
     head = ["op", "pass", *map(Number, ("shapes", "speed against plain PyTorch", "share of the roofline"))]
     head.append(Number("plain PyTorch's memory over ours"))
-    with_peers = any(key.column not in (OURS, PLAIN) for key in run.figures)
+    with_peers = any(key.is_peer for key in run.figures)
     head += ["fastest peer"] * with_peers
     rows = []
     for op, name in dict.fromkeys((key.op, key.name) for key in run.figures):
@@ -156,7 +156,7 @@ def _fastest_peer(run: Run, op: str, name: str) -> str:
     """The peer with the largest median speed."""
     speeds: dict[str, list[float]] = {}
     for key, figure in run.figures.items():
-        if key.op == op and key.name == name and key.column not in (OURS, PLAIN):
+        if key.op == op and key.name == name and key.is_peer:
             speeds.setdefault(key.column, []).append(figure.speed.median)
     if not speeds:
         return ""
@@ -186,7 +186,8 @@ def _times(seconds: Spread) -> list[str]:
     return [Number(f"{1e3 * value:.4g}") for value in (seconds.median, seconds.p20, seconds.p80)]
 
 
-def _left_out(reasons: Sequence[str]) -> str:
+def _left_out(run: Run) -> str:
+    reasons = [*run.machine.get("left_out", []), *(f"{case}: not run" for case in run.machine.get("not_run", []))]
     if not reasons:
         return ""
     lines = "".join(f"<li>{escape(reason)}" for reason in reasons)

@@ -23,6 +23,7 @@ def write(
     left_out=(),
     op="rope",
     not_run=(),
+    suite="quick",
 ) -> Path:
     """A run of an op with one case for each of `speeds`, (p20, median, p80) by title."""
     benchmarks = []
@@ -31,7 +32,7 @@ def write(
         for name, (p20, median, p80) in (("seconds", seconds), ("speed", speed)):
             facts[name] = {"p20": p20, "median": median, "p80": p80}
         benchmarks.append({"extra_info": facts})
-    machine = {"device": device, "cuda": cuda, "suite": "quick", "left_out": left_out, "not_run": not_run}
+    machine = {"device": device, "cuda": cuda, "suite": suite, "left_out": left_out, "not_run": not_run}
     path.write_text(json.dumps({"machine_info": machine, "benchmarks": benchmarks}))
     return path
 
@@ -125,7 +126,7 @@ def test_runs_op_by_op_are_one_result(tmp_path, capsys):
     write(before / "2026-01-09-abc-full.json", {"two": (3.0, 3.0, 3.0)}, op="swiglu")
     found = read(before)
     assert {key[:2] for key in found.figures} == {("rope", "one"), ("swiglu", "two"), ("geglu", "one")}
-    assert found.machine["left_out"] == ["geglu: quack no", "rope: quack no"]
+    assert found.machine["left_out"] == ["geglu: quack no", "rope: quack no", "swiglu: quack no"]
     assert main(["bench", "compare", str(before), str(after)]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines] == [
@@ -143,6 +144,28 @@ def test_what_an_interrupted_run_did_not_get_to_stays(tmp_path):
     assert {key.case: why for key, why in lost.items()} == {"two": None, "three": "not run"}
 
 
+def test_a_run_with_only_reasons_says_what_became_of_figures(tmp_path, capsys):
+    full = "needs 9.0 GiB, and 3.0 GiB are free"
+    assert main(["bench", "compare", *both(tmp_path, {"one": (1, 1, 1)}, {}, left_out=[f"rope one: {full}"])]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"gone: rope one forward posttrain: {full}",
+        "0 worse, 0 better, 0 as before",
+    ]
+
+
+def test_older_reasons_count_for_what_the_newest_run_did_not_get_to(tmp_path):
+    full = "rope three: needs 9.0 GiB, and 3.0 GiB are free"
+    speeds = {"one": (1.0, 1.0, 1.0)}
+    write(tmp_path / "2026-01-01-abc-quick.json", speeds, left_out=[full, "rope four: no", "rope: quack is old"])
+    write(tmp_path / "2026-01-02-abc-quick.json", speeds, not_run=["rope two", "rope three"])
+    write(tmp_path / "2026-01-03-abc-quick.json", speeds, op="swiglu", not_run=["swiglu two"])
+    machine = read(tmp_path).machine
+    assert (machine["left_out"], machine["not_run"]) == ([full, "rope: quack is old"], ["rope two", "swiglu two"])
+    write(tmp_path / "2026-01-04-abc-quick.json", speeds | {"three": (1.0, 1.0, 1.0)}, left_out=["rope: Liger is new"])
+    machine = read(tmp_path).machine
+    assert (machine["left_out"], machine["not_run"]) == (["rope: Liger is new"], ["swiglu two"])
+
+
 def test_committed_results_are_readable():
     files = sorted(_COMMITTED.glob("*/*.json"))
     assert files
@@ -156,10 +179,12 @@ def test_what_cannot_be_compared_is_one_line(tmp_path, capsys):
     broken.write_text('{"machine_info": ')
     strange.write_text("[]")
     empty.mkdir()
-    apart = write(tmp_path / "apart.json", {"two": (1, 1, 1)})
+    apart = write(tmp_path / "apart.json", {"one": (1, 1, 1)}, op="swiglu")
+    full = write(tmp_path / "full.json", {"two": (1, 1, 1)}, suite="full")
     for names, line in (
         ((good, other), f"{good} is of A, {other} of B: not comparable"),
         ((good, str(apart)), f"{good} and {apart} have no figure in common"),
+        ((good, str(full)), f"{good} is of the suite quick, {full} of full: no figure in common"),
         ((good, str(broken)), f"{broken}: not readable as JSON: "),
         ((good, str(strange)), f"{strange}: not a result of posttrain bench: "),
         ((good, str(empty)), f"{empty}: no results of posttrain bench in this folder"),
@@ -169,6 +194,22 @@ def test_what_cannot_be_compared_is_one_line(tmp_path, capsys):
         assert main(["bench", "compare", *names]) == 2
         out, error = capsys.readouterr()
         assert out == "" and error.startswith(f"posttrain: error: {line}") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line"),
+    [
+        ('"median": 1,', '"median": null,', "'median' is null"),
+        ('"left_out": []', '"left_out": null', "'left_out' is null"),
+        ('"not_run": []', '"not_run": [1]', "'not_run' is [1]"),
+        ('"peak_bytes": 10485760', '"peak_bytes": "10 MB"', '"10 MB" is not a number'),
+    ],
+)
+def test_a_file_with_a_wrong_value_is_one_line(tmp_path, capsys, old, new, line):
+    before, after = both(tmp_path, {"one": (1, 1, 1)}, {"one": (1, 1, 1)})
+    Path(after).write_text(Path(after).read_text().replace(old, new))
+    assert main(["bench", "compare", before, after]) == 2
+    assert capsys.readouterr().err == f"posttrain: error: {after}: not a result of posttrain bench: TypeError {line}\n"
 
 
 def test_errors_of_reading_are_of_one_kind(tmp_path):

@@ -4,6 +4,8 @@ import itertools
 import json
 import math
 import re
+import shutil
+import subprocess
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -22,11 +24,22 @@ _ROOT = Path(__file__).parents[2]
 
 
 def write(
-    folder: Path, name: str, milliseconds: float, device="A <GPU>", suite="quick", op="rope", left_out=None, sizes=()
+    folder: Path,
+    name: str,
+    milliseconds: float,
+    device="A <GPU>",
+    suite="quick",
+    op="rope",
+    left_out=None,
+    sizes=(),
+    peers=(),
+    gemm=1e12,
+    not_run=(),
 ) -> None:
-    """A run with figures of one case, or of one for each size N, by whose square time grows; ours and PyTorch's."""
+    """A run with figures of one case, or of one for each size N, by whose square time grows, in all columns."""
     benchmarks = []
-    for (column, factor), size in itertools.product((("posttrain", 1), ("plain PyTorch", 2)), sizes or [1]):
+    columns = (("posttrain", 1), ("plain PyTorch", 2), *((peer, 1) for peer in peers))
+    for (column, factor), size in itertools.product(columns, sizes or [1]):
         seconds = {part: factor * size**2 * milliseconds / 1e3 for part in ("median", "p20", "p80")}
         case = {"case": f"N {size}", "axis": "N", "size": size} if sizes else {"case": "[8, 8]"}
         facts = {"op": op, **case, "pass": "forward", "column": column, "seconds": seconds, "error": 1e-7}
@@ -34,7 +47,8 @@ def write(
         facts |= {"flops": 2e9, "bytes": 1e8, "tflops": 0.5, "gbytes": 25.0, "roofline": 0.4}
         benchmarks.append({"extra_info": facts})
     machine = {"device": device, "suite": suite, "date": name, "commit": "0123456789ab", "load": 0.25}
-    machine |= {"roofline": {"copy": 1e11, "gemm": 1e12}, "left_out": left_out or [f"{op}: Liger runs on GPUs only"]}
+    reasons = [f"{op}: Liger runs on GPUs only"] if left_out is None else left_out
+    machine |= {"roofline": {"copy": 1e11, "gemm": gemm}, "left_out": reasons, "not_run": not_run}
     path = folder / device.replace(" ", "-") / f"{name}-{suite}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"machine_info": machine, "benchmarks": benchmarks}))
@@ -72,6 +86,41 @@ def test_runs_under_one_heading_are_named_with_what_each_op_last_left_out(tmp_pa
     text = html(devices(tmp_path))
     assert "newest of 2 runs (before it: 2026-01-01 commit 012345678)" in text
     assert re.findall("<li>(.*?)(?=<li>|</ul>)", text) == ["rope: quack is old", "swiglu: Liger is new"]
+
+
+def test_columns_that_did_not_take_turns_are_not_beside_each_other(tmp_path):
+    write(tmp_path, "2026-01-01", 3.0, peers=["torch.compile", "quack"], left_out=["rope: Liger is old"])
+    write(tmp_path, "2026-01-02", 4.0, left_out=[])
+    (device,) = devices(tmp_path)
+    run = device.merged("quick")
+    assert {key.column: figure.seconds.median for key, figure in run.figures.items()} == {
+        "posttrain": 0.004,
+        "plain PyTorch": 0.008,
+    }
+    older = "was measured in another run than the newest figures (2026-01-01-quick.json)"
+    assert run.machine["left_out"] == ["rope: Liger is old", f"rope: quack {older}", f"rope: torch.compile {older}"]
+    write(tmp_path, "2026-01-03", 5.0, peers=["torch.compile"], left_out=["rope: quack is old"])
+    (device,) = devices(tmp_path)
+    run = device.merged("quick")
+    assert {key.column for key in run.figures} == {"posttrain", "plain PyTorch", "torch.compile"}
+    assert run.machine["left_out"] == ["rope: quack is old"]
+
+
+def test_shares_are_of_the_roofline_that_is_drawn(tmp_path):
+    write(tmp_path, "2026-01-01", 10.0, gemm=2e12)
+    write(tmp_path, "2026-01-02", 4.0, op="swiglu", gemm=1e12)  # 2e9 operations in 4 ms, 0.5e12 per second
+    (device,) = devices(tmp_path)
+    run = device.merged("quick")
+    assert run.machine["roofline"] == {"copy": 1e11, "gemm": 2e12}
+    shares = {key.op: facts["roofline"] for key, facts in run.extra.items() if key.column == "posttrain"}
+    assert shares == {"rope": 0.4, "swiglu": 0.25}  # of the run with the best rates as recorded
+    assert "roofline 2 TFLOP/s, 100 GB/s" in html([device])
+
+
+def test_cases_that_no_run_got_to_are_named(tmp_path):
+    write(tmp_path, "2026-01-01", 3.0, left_out=[], not_run=["rope [9, 9]"])
+    write(tmp_path, "2026-01-02", 3.0, op="swiglu", left_out=[])
+    assert re.findall("<li>(.*?)(?=<li>|</ul>)", html(devices(tmp_path))) == ["rope [9, 9]: not run"]
 
 
 def test_costs_over_a_size_have_their_exponent(tmp_path):
@@ -122,10 +171,24 @@ def test_short_numbers(value, text):
     assert short(value) == text
 
 
-def test_the_readme_has_the_tables_of_the_committed_results():
-    text = (_ROOT / "README.md").read_text()
+def of_the_index(folder: Path) -> Path:
+    """README.md and bench/results as git's index has them, copied to `folder`: not what `make bench` has added or
+    changed since. All files of the checkout where there is no git."""
+    if shutil.which("git") is None:
+        return _ROOT
+    git = ["git", "-C", str(_ROOT)]
+    names = subprocess.run([*git, "ls-files", "-z", "README.md", "bench/results"], capture_output=True, check=False)
+    if not names.stdout:
+        return _ROOT
+    subprocess.run([*git, "checkout-index", "-z", "--stdin", f"--prefix={folder}/"], input=names.stdout, check=True)
+    return folder
+
+
+def test_the_readme_has_the_tables_of_the_committed_results(tmp_path):
+    root = of_the_index(tmp_path)
+    text = (root / "README.md").read_text()
     assert text.count("<!-- bench:") >= 6
-    assert filled(text, _ROOT / "bench" / "results") == text, "posttrain bench report --readme README.md mends it"
+    assert filled(text, root / "bench" / "results") == text, "posttrain bench report --readme README.md mends it"
 
 
 def test_tables_are_filled_between_marks(tmp_path, capsys):
@@ -144,6 +207,17 @@ def test_tables_are_filled_between_marks(tmp_path, capsys):
         "<!-- /bench -->",
         "after",
     ]
+
+
+def test_a_document_that_is_no_text_is_named_before_anything_is_written(tmp_path, capsys):
+    write(tmp_path, "2026-01-02", 7.25, device="A")
+    document, path = tmp_path / "document.md", tmp_path / "page.html"
+    document.write_bytes(b"\xff\n")
+    for name, line in ((document, "not readable as text in UTF-8: "), (tmp_path / "none.md", "not readable")):
+        assert main(["bench", "report", str(tmp_path), "--out", str(path), "--readme", str(name)]) == 2
+        out, error = capsys.readouterr()
+        assert out == "" and error.startswith(f"posttrain: error: {name}: {line}") and error.count("\n") == 1
+    assert not path.exists()
 
 
 def test_the_overview_has_no_rows_before_the_first_run(tmp_path):
