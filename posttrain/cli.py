@@ -47,6 +47,9 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code: 0 done, 2 input that can't be used, 130 stopped by Ctrl-C."""
     options, unknown = _parser().parse_known_args(arguments)
+    if hasattr(options, "words"):  # argparse takes those before the first option only
+        options.words += [each for each in unknown if not each.startswith("-")]
+        unknown = [each for each in unknown if each.startswith("-")]
     try:
         if unknown:
             raise ConfigError(_unknown_flag(unknown[0], options))

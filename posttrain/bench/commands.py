@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from posttrain.train.config import ConfigError, check_writable
+from posttrain.train.config import ConfigError
 
 _TAKES = {  # options by first word
     "": ("suite", "peers", "out"),
@@ -56,6 +56,9 @@ def _bench(options: argparse.Namespace) -> int:
         if getattr(options, option) is not None and option not in _TAKES[kind]:
             takers = [f"posttrain bench {word}".strip() for word, taken in _TAKES.items() if option in taken]
             raise ConfigError(f"--{option} belongs to {' and '.join(takers)}")
+    for option in ("out", "readme"):
+        if getattr(options, option) == "":
+            raise ConfigError(f"--{option} needs a path, and got an empty one")
     if kind == "compare":
         return _compare(words[1:])
     if kind == "report":
@@ -147,11 +150,12 @@ def _report(folders: list[str], out: str | None, readme: str | None) -> int:
 
 def _make(folder: Path) -> None:
     """Make the folder of results now, and not when all is measured."""
-    check_writable(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"results can't be written to {folder}: {error.strerror}") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ConfigError(f"results can't be written to {folder}: no permission")
 
 
 def _check(kind: str, names: Sequence[str], known: Any) -> None:

@@ -185,9 +185,12 @@ class Session:
     def pytest_benchmark_generate_machine_info(self) -> dict[str, Any]:
         """The device and everything else that a figure depends on."""
         rates = self._roofline._asdict() if self._roofline else None
-        not_run = [case for case in self._cases if case not in self._tables]  # deselected, or the run was interrupted
         found = {"suite": self.selection.suite, "roofline": rates, "left_out": sorted(self._left_out)}
-        return {**circumstances(), **found, "not_run": not_run}
+        return {**circumstances(), **found, "not_run": self._not_run()}
+
+    def _not_run(self) -> list[str]:
+        """Cases that were deselected, or that an interrupted run didn't get to."""
+        return [case for case in self._cases if case not in self._tables]
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_benchmark_generate_commit_info(self) -> dict[str, Any]:
@@ -217,24 +220,33 @@ class Session:
         for line in lines:
             print(line, flush=True)
 
-    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter, exitstatus: int) -> None:
         """Name what is missing, in a file as well if there is nothing else, which pytest-benchmark writes none for."""
         if self.path and self._left_out and not self.path.exists():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             found = {"machine_info": self.pytest_benchmark_generate_machine_info(), "benchmarks": []}
             self.path.write_text(json.dumps(found, indent=4))
-        if self._left_out:
-            terminalreporter.write_line("left out:")
-        for reason, count in sorted(self._left_out.items()):
-            terminalreporter.write_line(f"  {reason}" + (f" ({count} times)" if count > 1 else ""))
+        lines = [reason + (f" ({count} times)" if count > 1 else "") for reason, count in self._left_out.items()]
+        not_run = self._not_run() if exitstatus == pytest.ExitCode.INTERRUPTED else []
+        for title, named in (("left out:", sorted(lines)), ("not run:", not_run)):
+            for line in [title, *(f"  {each}" for each in named)] if named else []:
+                terminalreporter.write_line(line)
         if self.path and self.path.exists():
             terminalreporter.write_line(f"-> {self.path}")
-        if self.path and self.path.exists() and self._before:
-            terminalreporter.write_line(f"since {self._before[-1]}:")
-            try:
-                terminalreporter.write_line(compare(merged([*map(read, self._before)]), read(self.path)).text())
-            except ResultError as error:
-                terminalreporter.write_line(str(error))
+            for line in self._since(self.path):
+                terminalreporter.write_line(line)
+
+    def _since(self, path: Path) -> list[str]:
+        """What changed against the earlier runs."""
+        if not self._before:
+            return []
+        more = len(self._before) - 1
+        others = f" and {more} earlier run{'s' * (more > 1)}" if more else ""
+        title = f"since {self._before[-1]}{others}:"
+        try:
+            return [title, compare(merged([*map(read, self._before)]), read(path)).text()]
+        except ResultError as error:
+            return [title, str(error)]
 
 
 def session_of(config: pytest.Config) -> Session:

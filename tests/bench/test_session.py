@@ -9,6 +9,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,6 +17,7 @@ from posttrain.bench import record
 from posttrain.bench.device import Roofline, device_name
 from posttrain.bench.memory import peak_of
 from posttrain.bench.results import Key, read
+from posttrain.bench.session import Selection, Session
 from posttrain.cli import main
 
 _PROGRAM = """
@@ -46,14 +48,16 @@ def run(folder, *arguments):
 
 
 def test_a_run_writes_one_file_for_pytest_benchmark_and_compare(tmp_path):
-    before = record.device_folder(str(tmp_path / "out")) / "2026-01-01T00-00-00-abc-quick.json"
-    before.parent.mkdir(parents=True)
-    before.write_text(json.dumps({"machine_info": {"device": device_name()}, "benchmarks": []}))
+    folder = record.device_folder(str(tmp_path / "out"))
+    folder.mkdir(parents=True)
+    older, before = (folder / f"2026-01-0{day}T00-00-00-abc-quick.json" for day in (1, 2))
+    for path in (older, before):
+        path.write_text(json.dumps({"machine_info": {"device": device_name()}, "benchmarks": []}))
     done = run(tmp_path, "swiglu", "--peers")
     assert done.returncode == 0, done.stdout + done.stderr
-    (path,) = set((tmp_path / "out").glob("*/*.json")) - {before}
+    (path,) = set((tmp_path / "out").glob("*/*.json")) - {older, before}
     assert path.name.endswith("-quick.json") and f"-> {path}" in done.stdout
-    assert f"since {before}:\n{before} and {path} have no figure in common" in done.stdout
+    assert f"since {before} and 1 earlier run:\n{before} and {path} have no figure in common" in done.stdout
     assert "swiglu: Liger runs on GPUs only" in done.stdout
     result = read(path)
     assert result.device == device_name() and result.machine["commit"] is None
@@ -66,7 +70,7 @@ def test_a_run_writes_one_file_for_pytest_benchmark_and_compare(tmp_path):
     assert facts["bytes"] == 3 * 16 * 3584 * 4 and facts["flops"] == facts["tflops"] == 0
     assert facts["gbytes"] == pytest.approx(facts["bytes"] / facts["seconds"]["median"] / 1e9)
     assert facts["roofline"] == pytest.approx(facts["bytes"] / 1e12 / facts["seconds"]["median"])
-    assert facts["error"] < 1e-5
+    assert facts["error"] == result.figures[key].error >= 0
     assert set(result.figures) >= {key, key._replace(column="plain PyTorch"), key._replace(column="torch.compile")}
     benchmark = json.loads(path.read_text())["benchmarks"][0]
     assert benchmark["stats"]["rounds"] == 2 and benchmark["group"] == f"{key.op} {key.case} forward"
@@ -92,6 +96,11 @@ def test_a_wrong_op_fails_and_has_no_figures(tmp_path):
         (["scaling", "--suite", "quick"], "--suite belongs to posttrain bench\n"),
         (["compare", "a", "b", "--out", "c"], "--out belongs to posttrain bench and posttrain bench scaling and "),
         (["report", "--peers"], "--peers belongs to posttrain bench and posttrain bench scaling\n"),
+        (["rope", "--out", "a", "rms"], "unknown op 'rms'; there are rms_norm, rope, "),
+        (["rope", "--out", "a", "--size", "b"], "unknown argument --size\n"),
+        (["rope", "--out", ""], "--out needs a path, and got an empty one\n"),
+        (["report", "--readme", ""], "--readme needs a path, and got an empty one\n"),
+        (["report", "--out", "a", "no folder"], "no folder: "),
         (["--suite", "slow"], "unknown suite 'slow'; there are quick, full"),
     ],
 )
@@ -105,7 +114,8 @@ def test_a_folder_that_cannot_be_made_is_an_error_before_anything_is_measured(tm
     (tmp_path / "file").write_text("")
     assert main(["bench", "rope", "--out", str(tmp_path / "file")]) == 2
     error = capsys.readouterr().err
-    assert f"{tmp_path / 'file'} is not a folder" in error and error.count("\n") == 1
+    assert f"results can't be written to {tmp_path / 'file'}" in error and "Not a directory" in error
+    assert error.count("\n") == 1
 
 
 def test_a_run_that_is_terminated_ends_as_if_interrupted(tmp_path, monkeypatch):
@@ -119,6 +129,18 @@ def test_a_run_that_is_terminated_ends_as_if_interrupted(tmp_path, monkeypatch):
     monkeypatch.setattr(pytest, "main", run)
     assert main(["bench", "rope", "--out", str(tmp_path)]) == 2
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_an_interrupted_run_says_what_it_did_not_get_to():
+    session, lines = Session(Selection(("swiglu",), "quick")), []
+    cases = {str(entry.case) for entry in session.entries(("rope", "swiglu"))}
+    assert len(cases) > 1
+    reporter = SimpleNamespace(write_line=lines.append)
+    session.pytest_terminal_summary(reporter, pytest.ExitCode.INTERRUPTED)
+    assert lines[0] == "not run:" and {line.removeprefix("  ") for line in lines[1:]} == cases
+    lines.clear()
+    session.pytest_terminal_summary(reporter, pytest.ExitCode.OK)
+    assert lines == []
 
 
 def test_a_folder_whose_name_is_too_long_is_one_line(tmp_path, capsys):
