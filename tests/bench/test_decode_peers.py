@@ -10,8 +10,11 @@ import pytest
 import torch
 
 from posttrain.bench import decode_peers
+from posttrain.bench.case import Way, copied, outputs_of
 from posttrain.bench.cases import CASES
+from posttrain.bench.cases.decode import filtered
 from posttrain.bench.cases.elementwise import turned
+from posttrain.bench.decode_peers import flashinfer_sample
 from posttrain.bench.interleave import alternate
 from posttrain.bench.measure import measure
 from posttrain.bench.shapes import ModelShape, Suite
@@ -85,6 +88,21 @@ def with_kvcache(q, k, v, cache_seqlens, page_table=None):
     return reference.paged_attention(q[:, 0], k, v, table, cache_seqlens)[:, None]
 
 
+def drawn(probs):
+    """FlashInfer's sampling_from_probs: int32 of each row."""
+    torch.testing.assert_close(probs.sum(-1), torch.ones(len(probs)))
+    return probs.multinomial(1)[:, 0].int()
+
+
+def drawn_of_top_p(probs, top_p):
+    return drawn(filtered(probs.log(), 0, top_p).softmax(-1))
+
+
+def drawn_of_top_k_top_p(logits, top_k, top_p):
+    """FlashInfer's top_k_top_p_sampling_from_logits, whose filters come one after the other unless told otherwise."""
+    return drawn(filtered(logits, top_k, top_p).softmax(-1))
+
+
 @pytest.fixture(autouse=True)
 def packages(monkeypatch):
     """Stand-ins, and few copies of the arguments."""
@@ -94,6 +112,11 @@ def packages(monkeypatch):
         "flashinfer": {"BatchDecodeWithPagedKVCacheWrapper": Decode, "MultiLevelCascadeAttentionWrapper": Cascade},
         "flashinfer.rope": {"apply_rope_with_cos_sin_cache_inplace": turn_in_place},
         "flashinfer.page": {"append_paged_kv_cache": append},
+        "flashinfer.sampling": {
+            "sampling_from_probs": drawn,
+            "top_p_sampling_from_probs": drawn_of_top_p,
+            "top_k_top_p_sampling_from_logits": drawn_of_top_k_top_p,
+        },
         "flash_attn": {"flash_attn_with_kvcache": with_kvcache},
         "flash_attn_interface": {"flash_attn_with_kvcache": with_kvcache},
     }
@@ -101,7 +124,8 @@ def packages(monkeypatch):
         module = ModuleType(name)
         vars(module).update(functions)
         monkeypatch.setitem(sys.modules, name, module)
-    vars(sys.modules["vllm"])["_custom_ops"] = sys.modules["vllm._custom_ops"]
+    for package, name in (("vllm", "_custom_ops"), ("flashinfer", "sampling")):
+        vars(sys.modules[package])[name] = sys.modules[f"{package}.{name}"]
     monkeypatch.setattr(decode_peers, "on_a_gpu", lambda: None)
     monkeypatch.setattr("posttrain.bench.measure.cache_bytes", lambda: 1)
     monkeypatch.setattr("posttrain.bench.measure.alternate", partial(alternate, min_seconds=0))
@@ -113,7 +137,25 @@ def packages(monkeypatch):
 )
 def test_adapters_are_right(op, names):
     for case in CASES[op](_TINY):
-        own = {name: maker for name, maker in case.peers.items() if name in names}
+        problem = case.make()
+        truth = outputs_of(problem.plain(*copied(problem.arguments, torch.float64)))
+        for name in names:
+            made = case.peers[name](problem)
+            way = made if isinstance(made, Way) else Way(made)
+            found = [way.back(x) for x in outputs_of(way.call(*way.prepare(copied(problem.arguments))))]
+            torch.testing.assert_close(found, [x.float() for x in truth])
+        own = {name: case.peers[name] for name in names}
         (table,) = measure(replace(case, peers=own), rounds=2, peers=True).values()
         assert names < set(table.columns), table.missing
-        assert all(table.columns[name].error < 1e-5 for name in names)
+
+
+@pytest.mark.parametrize("case", CASES["sample"](_TINY), ids=str)
+def test_draws_are_within_the_filters_and_have_their_logprobs(case):
+    torch.manual_seed(0)
+    problem = case.make()
+    result = flashinfer_sample(problem)(*problem.arguments)
+    (off,) = problem.checked(copied(problem.arguments, torch.float64), result)
+    torch.testing.assert_close(off, torch.zeros_like(off))
+    assert len(set(result[0].tolist())) > 1
+    (table,) = measure(replace(case, peers={"FlashInfer": flashinfer_sample}), rounds=2, peers=True).values()
+    assert "FlashInfer" in table.columns, table.missing
