@@ -283,8 +283,10 @@ def rewrite(document: Path, folder: Path) -> int:
     """Fill the marks of `document` from the results in `folder`; returns how many tables changed."""
     try:
         before = document.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ResultError(f"{document}: not readable as text in UTF-8: {error}") from error
+    except OSError as error:
+        raise ResultError(f"{document}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ResultError(f"{document}: not text in UTF-8: {error}") from error
     try:
         after = filled(before, folder)
     except ResultError as error:

@@ -213,7 +213,7 @@ def test_a_document_that_is_no_text_is_named_before_anything_is_written(tmp_path
     write(tmp_path, "2026-01-02", 7.25, device="A")
     document, path = tmp_path / "document.md", tmp_path / "page.html"
     document.write_bytes(b"\xff\n")
-    for name, line in ((document, "not readable as text in UTF-8: "), (tmp_path / "none.md", "not readable")):
+    for name, line in ((document, "not text in UTF-8: "), (tmp_path / "none.md", "No such file or directory")):
         assert main(["bench", "report", str(tmp_path), "--out", str(path), "--readme", str(name)]) == 2
         out, error = capsys.readouterr()
         assert out == "" and error.startswith(f"posttrain: error: {name}: {line}") and error.count("\n") == 1
