@@ -32,7 +32,7 @@ from posttrain.integrations.self_check import Compared, compute_dtype, judge, wi
 from posttrain.models.attention import NAME
 from posttrain.models.disguise import Disguise, disguised, own, put_on, take_off
 from posttrain.models.families import Fused
-from posttrain.models.lora_layers import is_bitsandbytes
+from posttrain.models.lora_layers import is_bitsandbytes, per_row
 from posttrain.models.packing import packed_output
 from posttrain.models.quantized import NF4Linear
 from posttrain.models.trial import evaluating
@@ -92,9 +92,13 @@ def _at_first(body: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     checked = _checked.setdefault(body, set())
     state = (_dtype(layers[0]), _classes(layers[0]), _classes(layers[-1]))
     ids = _sequences(kwargs.get("input_ids", args[0] if args else None), kwargs.get("attention_mask"))
-    if state not in checked and ids is not None:
-        _check(body, ids, checked)
-        checked.add(state)
+    if state in checked or ids is None:
+        return
+    if obstacle := per_row(body):  # of this forward, so the next one may be looked at
+        _left_out(body, obstacle)
+        return
+    _check(body, ids, checked)
+    checked.add(state)
 
 
 def _loaded(body: Any) -> bool:
@@ -125,7 +129,7 @@ def _sequences(ids: Any, mask: Any) -> Tensor | None:
 
 def _check(body: Any, ids: Tensor, checked: set[Any]) -> None:
     """One layer of each kind that isn't among those `checked`, where it is noted then."""
-    name, passed = type(body).__name__, False
+    passed = False
     for kind, at in _kinds(body).items():
         if kind in checked:
             continue
@@ -134,14 +138,18 @@ def _check(body: Any, ids: Tensor, checked: set[Any]) -> None:
             with torch.inference_mode(False), evaluating(body):
                 results = _compared(body, at, ids.clone(), kind.dtype)
             where = f"layer {at}" if kind.attention is None else f"layer {at} ({kind.attention})"
-            judge(f"the layers of {name}", results, kind.dtype, f"{where}: ")
+            judge(f"the layers of {type(body).__name__}", results, kind.dtype, f"{where}: ")
             passed = True
         elif obstacle != _DIVIDED or not checked:  # looked at before they were divided
-            count(f"self-check of layers left out: {obstacle}")
-            say(f"posttrain: the self-check of {name}'s layers is left out: {obstacle}")
+            _left_out(body, obstacle)
         checked.add(kind)
     if passed:
-        count(f"self-check of the layers of {name} passed")
+        count(f"self-check of the layers of {type(body).__name__} passed")
+
+
+def _left_out(body: nn.Module, obstacle: str) -> None:
+    count(f"self-check of layers left out: {obstacle}")
+    say(f"posttrain: the self-check of {type(body).__name__}'s layers is left out: {obstacle}")
 
 
 class _Kind(NamedTuple):

@@ -70,10 +70,13 @@ def attach(model: Any) -> None:
         count("model prepared")
     say(f"posttrain: {_prepare(model)}")
     replace_loss(causal)
-    watch(decoder(causal))
+    body = decoder(causal)
+    watched = isinstance(body, Watched) and _BY_ENABLE not in body.__dict__  # the script has patched it itself
+    watch(body)
     _attached.add(causal)
     for module in causal.modules():
-        if isinstance(module, LossOnly | Watched) or (isinstance(module, Fused) and not by_hand):
+        ours = isinstance(module, LossOnly) or (module is body and not watched)
+        if ours or (isinstance(module, Fused) and not by_hand):
             module.__dict__[_BY_ENABLE] = not by_hand
     named = causal.config._attn_implementation
     if isinstance(named, AttentionName) and not by_hand:

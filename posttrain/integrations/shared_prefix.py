@@ -16,6 +16,7 @@ from posttrain.integrations.counting import count, say
 from posttrain.integrations.models import patch, unpatch
 from posttrain.integrations.regroup import Regrouped, regroup
 from posttrain.models.causal_lm import ModelError, causal_lm, decoder
+from posttrain.models.lora_layers import per_row
 from posttrain.models.packing import packed_output
 from posttrain.models.prepare import is_prepared
 
@@ -40,7 +41,7 @@ def shared_prefix(model: nn.Module) -> Iterator[None]:
         ValueError: a model without our attention (`ModelError`), which is left as it was; and from a forward inside,
             with what it was given: no tokens, a cache or a wish for one, embeddings in place of ids, hidden states of
             all layers, attention weights or a router's logits, tensors that would have to be regrouped too, padding
-            between tokens, NEFTune's noise, torch.compile.
+            between tokens, NEFTune's noise, adapters of PEFT that differ by row, torch.compile.
     """
     causal, patched = causal_lm(model), False
     if not is_prepared(model):
@@ -119,6 +120,7 @@ def _regrouped(
 ) -> Regrouped | str:
     """The forest of what a decoder is given, or why it should run as it is."""
     obstacle = _no_attention(causal) or _noisy(causal) or _not_alone(causal.config, input_ids, arguments, kwargs)
+    obstacle = obstacle or per_row(decoder(causal))
     if obstacle is not None:
         return obstacle
     assert input_ids is not None

@@ -7,6 +7,7 @@ computes changes between two calls (adapters are switched, merged, replaced; hoo
 layer each time. Where the ops don't compute the same, `adapted` says why not, and PEFT's own code runs.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -57,6 +58,14 @@ def is_bitsandbytes(module: nn.Module) -> bool:
 def is_adapter(module: nn.Module) -> bool:
     """Whether `module` is any layer of PEFT's."""
     return bool(getattr(type(module), "adapter_layer_names", ()))
+
+
+def per_row(model: nn.Module) -> str | None:
+    """What PEFT gives the layers of `model`, by hooks for one forward, for each row of its batch, or None."""
+    hooks = [hook for module in model.modules() for hook in module._forward_pre_hooks.values()]
+    given = {name for hook in hooks if isinstance(hook, partial) for name in hook.keywords}
+    found = sorted(given & {"adapter_names", "alora_offsets"})
+    return f"PEFT's layers get {' and '.join(found)} for each row of the batch" if found else None
 
 
 def adapted(module: Any) -> Adapted | str:

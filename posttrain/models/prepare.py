@@ -76,9 +76,7 @@ def prepare(model: nn.Module, *, attention: bool = True) -> Report:
         _replace(module, text_config, report)
     replace_adapters(causal, report)
     report.replaced = dict(Counter(kind for module in causal.modules() for kind in _kinds(module)))
-    for module in causal.modules():
-        if isinstance(module, Fused) and _bypassed(module):
-            report.kept[module.kind] = f"another library has replaced the forward of each {type(module).__name__}"
+    report.kept |= _replaced_by_others(causal)
     if attention:
         _replace_attention(causal, known, report)
     if not any(isinstance(module, Fused) and not isinstance(module, _ANYWHERE) for module in causal.modules()):
@@ -174,6 +172,15 @@ def _kinds(module: Any) -> list[str]:
     if isinstance(module, GatedMLP | RotaryAttention) and module.lora() is not None:
         return [module.kind, module.lora_kind]
     return [module.kind]
+
+
+def _replaced_by_others(causal: nn.Module) -> dict[str, str]:
+    """Kinds of modules some of which another library has given a forward, and how many."""
+    fused = [module for module in causal.modules() if isinstance(module, Fused)]
+    all_of = Counter((module.kind, type(module).__name__) for module in fused)
+    theirs = Counter((module.kind, type(module).__name__) for module in fused if _bypassed(module))
+    what = "another library has replaced the forward of"
+    return {kind: f"{what} {n} of {all_of[kind, name]} {name} modules" for (kind, name), n in theirs.items()}
 
 
 def _bypassed(module: Any) -> bool:

@@ -13,6 +13,7 @@ from posttrain.integrations import counters
 from posttrain.integrations.counting import forget
 from posttrain.integrations.models import attach, detach
 from posttrain.integrations.self_check import forget_heads
+from posttrain.integrations.shared_prefix import shared_where_possible
 from posttrain.models import families
 from posttrain.models.causal_lm import decoder
 
@@ -90,6 +91,46 @@ def test_a_patched_model_is_looked_at():
     assert passed() == [1]
     posttrain.unpatch(model)
     assert type(decoder(model)) is type(decoder(tiny("llama")))
+
+
+def test_disable_leaves_the_check_of_a_model_that_was_patched():
+    model = tiny("llama")
+    posttrain.patch(model)
+    patched = list(map(type, model.modules()))
+    attach(model)
+    detach()
+    assert list(map(type, model.modules())) == patched
+    model(batch())
+    assert passed() == [1]
+
+
+@pytest.mark.parametrize("given", ["adapter_names", "alora_offsets"])
+def test_a_forward_with_adapters_by_row_is_left_out_and_the_next_one_looked_at(given):
+    options = {"target_modules": ["q_proj", "up_proj"]}
+    if given == "alora_offsets":
+        options = {"target_modules": ["q_proj"], "alora_invocation_tokens": [5, 6]}
+    ids = batch()
+    ids[1, 30:32] = torch.tensor([5, 6])
+    torch.manual_seed(0)
+    model = get_peft_model(tiny("llama"), lora(**options), adapter_name="a")
+    model.add_adapter("b", lora(**options))
+    filled(model).eval()
+    by_row = {"adapter_names": ["a", "b", "__base__"]} if given == "adapter_names" else {}
+    expected, plain = model(ids, **by_row).logits, model.get_base_model()(ids).logits
+    assert not torch.allclose(expected, plain)
+    posttrain.patch(model)
+    reason = f"PEFT's layers get {given} for each row of the batch"
+    for _ in range(2):
+        torch.testing.assert_close(model(ids, **by_row).logits, expected)
+    assert counters() == {f"self-check of layers left out: {reason}": 2}
+    forget()
+    with shared_where_possible(model):
+        torch.testing.assert_close(model(ids, **by_row).logits, expected)
+    assert counters()[f"batch left as it is: {reason}"] == 1
+    torch.testing.assert_close(model.get_base_model()(ids).logits, plain)
+    assert passed() == [1]
+    with posttrain.shared_prefix(model), pytest.raises(ValueError, match=reason):  # after which PEFT's hooks stay
+        model(ids, **by_row)
 
 
 def test_a_head_is_looked_at_again_with_an_adapter_and_by_another_caller():
