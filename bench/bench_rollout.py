@@ -19,10 +19,13 @@ import tempfile
 import time
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from posttrain.bench.case import Problem
+from posttrain.bench.decode_peers import continuous_batching
 from posttrain.bench.interleave import interleave
 from posttrain.models import prepare
 from posttrain.rollout import Engine, SamplingParams
@@ -116,19 +119,13 @@ def generate_way(model, prompts, n, lengths):
 
 
 def continuous_way(model, prompts, n, lengths):
-    """`model.generate_batch`, with a cache that just holds the sequences and a manager that stays."""
-    from transformers import ContinuousBatchingConfig, GenerationConfig
-
-    model.set_attn_implementation("sdpa")
-    rows = [prompt for prompt in prompts for _ in range(n)]
-    options = GenerationConfig(
-        max_new_tokens=max(lengths), do_sample=True, top_k=0, eos_token_id=-1, pad_token_id=0, temperature=1.0
-    )
-    cache = ContinuousBatchingConfig(page_size=32, num_blocks=4 * len(rows), max_batch_tokens=512)
+    """`model.generate_batch`, as `posttrain bench rollout --peers` has it."""
+    rows = torch.tensor([prompt for prompt in prompts for _ in range(n)])
+    longest = max(lengths)
+    generate = continuous_batching(Problem((), None, None, SimpleNamespace(model=model, rows=rows, length=longest)))
 
     def run():
-        out = model.generate_batch(rows, options, cache, persistent_manager=True, warmup=False)
-        assert [len(one.generated_tokens) for one in out.values()] == [max(lengths)] * len(rows)
+        assert generate()[0].shape == (len(rows), longest)
 
     return run
 
