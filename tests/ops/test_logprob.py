@@ -88,7 +88,7 @@ class Case:
 @pytest.mark.parametrize("frozen", [True, False])
 @pytest.mark.parametrize("budget", [0, 1 << 20])
 @pytest.mark.usefixtures("small_tiles", "poison")
-def test_every_combination(dtype, frozen, budget):
+def test_agrees_in_every_combination(dtype, frozen, budget):
     for rows, bias, lora, softcap in itertools.product((True, False), (True, False), (True, False), (None, 3.0)):
         case = Case(rows=rows, temperature=0.7, logit_scale=1.3, softcap=softcap)
         for wants in (("logprob",), ("logprob", "entropy", "lse"), ("entropy",), ("lse",)):

@@ -6,32 +6,46 @@ import torch
 from posttrain import ops
 
 SLOTS = torch.tensor([3, 23, 0])
+THREE_PIECES = torch.tensor([3, 23, 0, *range(5, 19)])  # 17 tokens; the kernel takes pieces of 8
 
 
 def step(
-    dtype: torch.dtype = torch.float32, width: int = 12, rotated: int = 8, heads: tuple[int, int] = (4, 2)
+    dtype: torch.dtype = torch.float32,
+    width: int = 12,
+    rotated: int = 8,
+    heads: tuple[int, int] = (4, 2),
+    slots: torch.Tensor = SLOTS,
 ) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(3, n, width, generator=generator).to(dtype) for n in (heads[0], heads[1], heads[1]))
-    angles = torch.randn(3, rotated // 2, generator=generator).repeat(1, 2).to(dtype)
+    tokens = len(slots)
+    q, k, v = (torch.randn(tokens, n, width, generator=generator).to(dtype) for n in (heads[0], heads[1], heads[1]))
+    angles = torch.randn(tokens, rotated // 2, generator=generator).repeat(1, 2).to(dtype)
     caches = {
         name: torch.full((3, 8, heads[1], width), torch.nan, dtype=dtype) for name in ("key_cache", "value_cache")
     }
-    return {"q": q, "k": k, "v": v, "cos": angles.cos(), "sin": angles.sin(), **caches, "slots": SLOTS}
+    return {"q": q, "k": k, "v": v, "cos": angles.cos(), "sin": angles.sin(), **caches, "slots": slots}
 
 
 @pytest.mark.parametrize(
     ("backend", "dtype"), [("cpu", torch.float32), ("cpu", torch.float64), ("reference", torch.float32)]
 )
-@pytest.mark.parametrize(("width", "rotated", "heads"), [(12, 8, (4, 2)), (64, 64, (3, 1)), (2048, 2048, (6, 3))])
-def test_is_rope_and_write_cache(backend, dtype, width, rotated, heads) -> None:
-    x = step(dtype, width, rotated, heads)
+@pytest.mark.parametrize(
+    ("width", "rotated", "heads", "slots"),
+    [
+        (12, 8, (4, 2), SLOTS),
+        (64, 64, (3, 1), THREE_PIECES),
+        (512, 512, (6, 3), THREE_PIECES),
+    ],
+)
+@pytest.mark.usefixtures("poison")
+def test_agrees_with_rope_and_write_cache(backend, dtype, width, rotated, heads, slots) -> None:
+    x = step(dtype, width, rotated, heads, slots)
     with ops.use_backend(backend):
         out = ops.rope_cache(**x)
         q, k = ops.rope(x["q"], x["k"], x["cos"], x["sin"])
     assert torch.equal(out, q)
     for name, new in (("key_cache", k), ("value_cache", x["v"])):
-        assert torch.equal(x[name].flatten(0, 1)[SLOTS], new)
+        assert torch.equal(x[name].flatten(0, 1)[slots], new)
         assert x[name].isnan().sum() == x[name].numel() - new.numel()
 
 

@@ -52,7 +52,7 @@ def kept(logits: Tensor, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0) -> Tens
 
 @pytest.mark.parametrize("filters", FILTERS, ids=str)
 @pytest.mark.parametrize("size", [97, 50257, 151936])
-def test_draws_the_tokens_of_the_definition(size, filters):
+def test_agrees_with_the_definition(size, filters):
     """Which differ only where rounding decides, about once in a million draws."""
     logits = logits_of(4, size)
     tokens, logprobs = run(logits, seed=-3, offset=2**40 + 1, **filters)
