@@ -133,7 +133,6 @@ def merged(runs: Sequence[Run]) -> Run:
 class _Said(NamedTuple):
     """What a run says of its ops: cases it measured (with their passes), couldn't, and didn't get to; and of peers."""
 
-    run: Run
     ops: set[str]
     passes: set[tuple[str, ...]]  # op, case and pass
     cases: set[str]
@@ -148,7 +147,7 @@ class _Said(NamedTuple):
         asked = {key.op for key in run.figures if key.is_peer}
         asked |= {_op_of(reason) for reason in reasons if _case_of(reason, passes) is None}
         ops = {_op_of(text) for text in cases | reasons | not_run}
-        return cls(run, ops, {key[:3] for key in run.figures}, cases, asked, reasons, not_run)
+        return cls(ops, {key[:3] for key in run.figures}, cases, asked, reasons, not_run)
 
     def keeps(self, key: Key) -> bool:
         """Whether an older figure still counts."""
@@ -172,7 +171,7 @@ class _Said(NamedTuple):
 
 def _op_of(text: str) -> str:
     """The op of a case, or of a reason: "op: peer why", "op pass: peer why" or "op case: why"."""
-    return text.split(maxsplit=1)[0].rstrip(":")
+    return text.partition(" ")[0].rstrip(":")
 
 
 def _case_of(reason: str, passes: Container[str]) -> str | None:

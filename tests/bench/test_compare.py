@@ -166,6 +166,14 @@ def test_older_reasons_count_for_what_the_newest_run_did_not_get_to(tmp_path):
     assert (machine["left_out"], machine["not_run"]) == (["rope: Liger is new"], ["swiglu two"])
 
 
+def test_a_case_that_fails_in_the_newest_run_has_no_older_figures(tmp_path):
+    wrong = "rope two: posttrain is wrong: an error of 1, where 0.1 are allowed"
+    write(tmp_path / "2026-01-01-abc-quick.json", {"one": (1.0, 1.0, 1.0), "two": (1.0, 1.0, 1.0)})
+    write(tmp_path / "2026-01-02-abc-quick.json", {"one": (1.0, 1.0, 1.0)}, left_out=[wrong])
+    found = read(tmp_path)
+    assert ([key.case for key in found.figures], found.machine["left_out"]) == (["one"], [wrong])
+
+
 def test_committed_results_are_readable():
     files = sorted(_COMMITTED.glob("*/*.json"))
     assert files
