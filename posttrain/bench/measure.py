@@ -8,7 +8,7 @@ more than 2% of the largest, so that a peer that computes in a coarser dtype sta
 its speed.
 
 A case has `Suite.seconds`. One that would take longer even at the device's best rates isn't begun, and one whose rounds
-would take longer has fewer, so that a run ends.
+would take longer has fewer, but never below three, so that a run ends: the seconds are no bound, and peers add theirs.
 
 All who are right take turns in one process; before every call, whoever's it is, the arguments move on to a copy that
 caches have forgotten. `calls_of` is for comparisons that time the same arguments again and again.
