@@ -109,6 +109,14 @@ def test_a_run_trains_on_what_the_engine_draws(model_dir, tmp_path, enabled):
     assert not torch.equal(trainer.model.get_input_embeddings().weight, before)
 
 
+def test_adapters_that_look_for_tokens_of_the_prompt_are_left_to_transformers(model_dir, tmp_path):
+    options = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj"], "init_lora_weights": False}
+    activated = LoraConfig(alora_invocation_tokens=[5, 6], **options)
+    found, expected, fired = both("GRPO", model_dir, tmp_path, peft_config=activated)
+    assert found == expected
+    assert fired["completions by transformers: PEFT's layers get alora_offsets for each row of the batch"] == 1
+
+
 def test_a_generate_of_the_scripts_own_is_called_and_stays(model_dir, tmp_path, enabled):
     trainer = trainer_of("GRPO", model_dir, tmp_path)
     theirs, calls = trainer.model.generate, []
