@@ -107,7 +107,7 @@ def test_ops_are_true_with_every_other_instruction_set(isa) -> None:
         "import sys, pytest; from posttrain import _C; assert _C.isa() == sys.argv[1], _C.isa(); "
         "sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', '-k', 'agrees', *sys.argv[2:]]))"
     )
-    ops = "rms_norm rope glu packed_attention paged_attention rope_cache nf4 sample logprob".split()
+    ops = ["rms_norm", "rope", "glu", "packed_attention", "paged_attention", "rope_cache", "nf4", "sample", "logprob"]
     files = [str(Path(__file__).with_name(f"test_{op}.py")) for op in ops]
     environment = {**os.environ, "POSTTRAIN_ISA": isa}
     done = subprocess.run(
