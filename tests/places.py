@@ -19,6 +19,8 @@ PLACES = ("triton", *(f"cuda {order}" for order in ORDERS))
 
 
 class Place(NamedTuple):
+    """Whose kernels ops run on, "triton" or "cuda", and where their tensors lie: "cpu" where no GPU is."""
+
     backend: str
     device: str
 
@@ -28,7 +30,7 @@ def place_of(name: str) -> Iterator[Place]:
     """One of PLACES, with its backend in use."""
     backend, _, order = name.partition(" ")
     if backend == "cuda":
-        with cuda_device(order) as device, ops.use_backend(backend):
+        with device_of_cuda(order) as device, ops.use_backend(backend):
             yield Place(backend, device)
     else:
         with ops.use_backend(backend):
@@ -36,7 +38,7 @@ def place_of(name: str) -> Iterator[Place]:
 
 
 @contextmanager
-def cuda_device(order: str) -> Iterator[str]:
+def device_of_cuda(order: str) -> Iterator[str]:
     """ "cuda", or "cpu" with `use_backend("cuda")` allowed there."""
     if GPU:
         if not _C.with_cuda():
@@ -50,8 +52,10 @@ def cuda_device(order: str) -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("POSTTRAIN_EMULATE_CUDA", "1")
         _emulated.set_descending(order == "descending")
-        yield "cpu"
-        _emulated.set_descending(False)
+        try:
+            yield "cpu"
+        finally:
+            _emulated.set_descending(False)
 
 
 def with_dtypes(*dtypes: torch.dtype) -> pytest.MarkDecorator:

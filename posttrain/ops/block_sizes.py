@@ -54,7 +54,10 @@ def try_sizes(name: str, sizes: tuple[int, ...] | None) -> None:
 
 
 def newest(table: Mapping[int, Row], capability: int) -> Row:
-    """The row of a table by compute capability (90 for sm_90): of the newest that isn't above this one."""
+    """The row of a table by compute capability (90 for sm_90): of the newest that isn't above this one.
+
+    Below 80, which tables begin with, it is the row for 80: kernels are for sm_80 and later.
+    """
     return table[max(known for known in table if known <= max(capability, 80))]
 
 

@@ -199,8 +199,7 @@ def _gradient(*arguments) -> tuple[Tensor, ...]:
             grads = logprob_backward(p, incoming, results, Needs(*needs))
         else:
             logits = saved if save == "logits" else None
-            arguments = (_contiguous(p), incoming, results, logits, Needs(*needs), backend)
-            grads = logprob_tiled_gradient.backward(*arguments)
+            grads = logprob_tiled_gradient.backward(_contiguous(p), incoming, results, logits, Needs(*needs), backend)
     return _filled(p, grads)
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 import pytest
-from places import ORDERS, cuda_device
+from places import ORDERS, device_of_cuda
 
 from posttrain import ops
 
@@ -11,7 +11,7 @@ from posttrain import ops
 @pytest.fixture(params=ORDERS)
 def device(request: pytest.FixtureRequest) -> Iterator[str]:
     """ "cuda", or "cpu" with `use_backend("cuda")` allowed there."""
-    with cuda_device(request.param) as device:
+    with device_of_cuda(request.param) as device:
         yield device
 
 
