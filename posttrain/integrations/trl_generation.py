@@ -26,7 +26,7 @@ from posttrain.integrations.layer_check import looked_at
 from posttrain.models import ModelError
 from posttrain.models.attention import NAME
 from posttrain.models.causal_lm import causal_lm, decoder
-from posttrain.models.lora_layers import per_row
+from posttrain.models.lora_layers import hooked, per_row
 from posttrain.rollout import Completion, Engine, SamplingParams
 
 GENERATION = {"GRPOTrainer": ("_generate_single_turn",), "RLOOTrainer": ("_generate_single_turn",)}
@@ -118,6 +118,8 @@ def _check_model(causal: Any) -> None:
         raise _Unfit("the model's weights are divided among processes")
     if len({parameter.device for parameter in causal.parameters()}) > 1:
         raise _Unfit("the model is on several devices")
+    if hooked(causal.get_output_embeddings()):
+        raise _Unfit("the language head has hooks")
     rows = per_row(causal)
     if rows is not None:
         raise _Unfit(rows)

@@ -206,11 +206,12 @@ class FullyShardedDataParallel(torch.nn.Module):
         (lambda model: setattr(model, "_tp_size", 2), "divided among processes"),
         (lambda model: setattr(model.lm_head.weight, "ds_id", 1), "divided among processes"),
         (lambda model: model.add_module("part", FullyShardedDataParallel()), "divided among processes"),
+        (lambda model: model.lm_head.register_forward_hook(print), "language head has hooks"),
         (lambda model: model.lm_head.to("meta"), "several devices"),
         (lambda model: setattr(model.to("meta"), "_original_forward", None), "mixed precision on meta"),
         (lambda model: model.set_attn_implementation("sdpa"), "attention is not ours"),
     ],
-    ids=["tensor parallelism", "ZeRO-3", "FSDP", "devices", "mixed precision", "attention"],
+    ids=["tensor parallelism", "ZeRO-3", "FSDP", "hooks", "devices", "mixed precision", "attention"],
 )
 def test_models_that_the_engine_has_not(change, reason):
     model = tiny("llama")
