@@ -75,7 +75,7 @@ class CompiledDecoder:
         self._dtype, self._device = cache.dtype, cache.device
         if self._dtype not in (torch.float32, torch.float64) or self._device.type != "cpu":
             raise Unusual(f"its weights are {self._dtype} on {self._device}")
-        if hooked(causal, body, body.norm, *body.layers):
+        if hooked(body, body.norm, *body.layers):
             raise Unusual("it has hooks")
         self._kinds = _rope_kinds(self._rotary)
         self._head = head(model)

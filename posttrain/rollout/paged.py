@@ -122,9 +122,12 @@ class PagedRunner:
 
 
 def _watched(causal: Any) -> bool:
-    """Whether modules have hooks, which a graph wouldn't call, but the one that `odd_hooks` knows."""
+    """Whether modules that a step runs have hooks, which a graph wouldn't call, but the one that `odd_hooks` knows.
+
+    Not the causal LM itself, whose forward isn't run, and which TRL replaces.
+    """
     embeddings = causal.get_input_embeddings()
-    others = (module for module in causal.modules() if module is not embeddings)
+    others = (module for module in causal.modules() if module is not embeddings and module is not causal)
     return hooked(*others) or odd_hooks(embeddings)
 
 

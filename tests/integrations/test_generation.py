@@ -13,6 +13,7 @@ from posttrain.integrations.trl_generation import _check_model, _sampling, _Unfi
 from posttrain.models import prepare
 from posttrain.models.causal_lm import causal_lm
 from posttrain.rollout import SamplingParams
+from posttrain.rollout.paged import PagedRunner
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 ENGINE = "completions by the engine"
@@ -99,6 +100,22 @@ def test_samples_of_equal_prompts_differ_and_follow_the_seed(model_dir, tmp_path
     assert counters()[ENGINE] == 3
     assert drawn[0] == drawn[1] != drawn[2]
     assert drawn[0][0] != drawn[0][2]
+
+
+def test_the_forward_that_trl_replaces_does_not_keep_the_engine_from_its_decoder(
+    model_dir, tmp_path, enabled, monkeypatch
+):
+    obstacles, begin = [], PagedRunner.begin
+
+    def watched(runner):
+        begin(runner)
+        obstacles.append(runner.obstacle)
+
+    monkeypatch.setattr(PagedRunner, "begin", watched)
+    trainer = trainer_of("GRPO", model_dir, tmp_path)
+    assert "forward" in vars(trainer.model)
+    completions(trainer)
+    assert obstacles == [None]
 
 
 def test_a_run_trains_on_what_the_engine_draws(model_dir, tmp_path, enabled):
