@@ -197,12 +197,17 @@ def _dtype(layer: nn.Module) -> torch.dtype:
 _DIVIDED = "weights are divided among processes"
 
 
+def divided(module: nn.Module) -> bool:
+    """Whether processes share its weights: FSDP, FSDP2, tensor parallelism or ZeRO-3."""
+    weights = module.parameters(recurse=False)
+    fsdp = type(module).__name__ == "FullyShardedDataParallel"
+    return fsdp or any(isinstance(weight, DTensor) or hasattr(weight, "ds_id") for weight in weights)
+
+
 def _obstacle(layer: nn.Module) -> str | None:
     """Why a layer can't be copied and computed in another dtype, or None."""
     parameters, modules = list(layer.parameters()), list(layer.modules())
-    if any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in parameters):
-        return _DIVIDED
-    if any(type(module).__name__ == "FullyShardedDataParallel" for module in modules):
+    if any(map(divided, modules)):
         return _DIVIDED
     if any(not _readable(module) for module in modules):
         return "weights are quantized in another way than 4 bits of bitsandbytes"

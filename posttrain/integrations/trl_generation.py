@@ -16,13 +16,12 @@ from functools import wraps
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationMixin
 
 from posttrain.integrations.counting import count, say
-from posttrain.integrations.layer_check import looked_at
+from posttrain.integrations.layer_check import divided, looked_at
 from posttrain.models import ModelError
 from posttrain.models.attention import NAME
 from posttrain.models.causal_lm import causal_lm, decoder
@@ -114,7 +113,7 @@ def _check_model(causal: Any) -> None:
         raise _Unfit("the model's attention is not ours")
     if getattr(causal, "_posttrain_head_obstacle", None) is not None:
         raise _Unfit(causal._posttrain_head_obstacle)
-    if (getattr(causal, "_tp_size", None) or 1) > 1 or any(map(_divided, causal.modules())):
+    if (getattr(causal, "_tp_size", None) or 1) > 1 or any(map(divided, causal.modules())):
         raise _Unfit("the model's weights are divided among processes")
     if len({parameter.device for parameter in causal.parameters()}) > 1:
         raise _Unfit("the model is on several devices")
@@ -125,13 +124,6 @@ def _check_model(causal: Any) -> None:
         raise _Unfit(rows)
     if causal.device.type != "cpu" and "_original_forward" in vars(causal):  # accelerate has wrapped it
         raise _Unfit(f"the model runs in mixed precision on {causal.device.type}")
-
-
-def _divided(module: nn.Module) -> bool:
-    """Whether processes share its weights: FSDP, FSDP2, tensor parallelism or ZeRO-3."""
-    weights = module.parameters(recurse=False)
-    fsdp = type(module).__name__ == "FullyShardedDataParallel"
-    return fsdp or any(isinstance(weight, DTensor) or hasattr(weight, "ds_id") for weight in weights)
 
 
 def _sampling(settings: Any) -> SamplingParams:
